@@ -1,0 +1,1 @@
+"""What only the pages need: one look, figures, figures that move, and checks of the exercises."""

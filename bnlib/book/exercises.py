@@ -1,0 +1,134 @@
+"""Self-checks of the exercises: a hint when the answer is not right yet, never the answer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bnlib.scratch import functional
+
+Test = Callable[[Any], bool]
+
+
+class Exercise(NamedTuple):
+    """A test of the reader's answer, and the hint to print when it fails."""
+
+    test: Test
+    hint: str
+
+
+EXERCISES: dict[str, Exercise] = {}
+
+
+def check(number: str, answer: Any) -> None:
+    """Print whether an answer is right, and a hint if it is not.
+
+    number: the exercise, as "01.2". answer: a value or a function, as the exercise asks.
+    An error inside the reader's function is reported, not raised.
+    Raises ValueError if there is no such exercise.
+    """
+    if number not in EXERCISES:
+        raise ValueError(f"expected one of {', '.join(EXERCISES)}, got {number!r}")
+    exercise = EXERCISES[number]
+    try:
+        right, trouble = exercise.test(answer), ""
+    except Exception as error:  # whatever the reader's code raises is part of the answer
+        right, trouble = False, f" It stopped with {type(error).__name__}: {error}."
+    if right:
+        print(f"Exercise {number}: correct.")
+    else:
+        print(f"Exercise {number}: not yet.{trouble} Hint: {exercise.hint}")
+
+
+def exercise(number: str, hint: str) -> Callable[[Test], Test]:
+    """Register the decorated test under an exercise's number."""
+
+    def register(test: Test) -> Test:
+        EXERCISES[number] = Exercise(test, hint)
+        return test
+
+    return register
+
+
+def close(answer: Any, expected: Any, rtol: float = 1e-6) -> bool:
+    """Say whether an answer is numbers of the expected shape, equal to rtol."""
+    try:
+        answer = np.asarray(answer, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    expected = np.asarray(expected, dtype=np.float64)
+    return answer.shape == expected.shape and bool(np.allclose(answer, expected, rtol, 1e-9))
+
+
+def sample(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Return numbers whose mean and scale differ from channel to channel, axis 1."""
+    rng = np.random.default_rng(seed)
+    per_channel = (1, -1, *(1,) * (len(shape) - 2))
+    offset, spread = rng.uniform(-5, 5, shape[1]), rng.uniform(0.5, 4, shape[1])
+    return rng.normal(size=shape) * spread.reshape(per_channel) + offset.reshape(per_channel)
+
+
+@exercise("01.1", "the mean lies in the middle: how far is each value from it, in units of sigma?")
+def _batch_of_two(answer: Any) -> bool:
+    return close(answer, [-1.0, 1.0])
+
+
+@exercise("01.2", "one mean per channel: average over the axes 0, 2 and 3, and keep them as axes.")
+def _normalize_images(normalize: Any) -> bool:
+    x = sample((6, 3, 5, 4))
+    return close(normalize(x), functional.normalize(x, *functional.moments(x)))
+
+
+@exercise(
+    "01.3",
+    "the standard deviation of z-hat is sqrt(var / (var + eps)); set it to 0.9 and solve for var.",
+)
+def _smallest_std(answer: Any) -> bool:
+    return all(close(answer(eps), np.sqrt(0.81 / 0.19 * eps)) for eps in (1e-5, 1e-3, 0.8))
+
+
+@exercise("02.1", "the batch mean moves by 5 too; what is left of the 5 after z - mean?")
+def _bias_before(answer: Any) -> bool:
+    return answer is not None and close(answer, 0.0)
+
+
+@exercise(
+    "02.2",
+    "z-hat has mean 0 and standard deviation sqrt(var / (var + eps)); beta moves it, gamma "
+    "stretches it.",
+)
+def _place(place: Any) -> bool:
+    z = sample((40, 1), seed=3) * 1e-2  # so small that epsilon counts
+    gamma, beta = place(z[:, 0], -2.0, 3.0)
+    y, _ = functional.batch_norm(z, [gamma], [beta])
+    return close(y.mean(), -2.0) and close(y.std(), 3.0)
+
+
+@exercise("02.3", "for which z-hat is y = 0? Half of the batch must lie above that point.")
+def _half_off(half_off: Any) -> bool:
+    z_hat = np.random.default_rng(5).gamma(2, size=101) - 2
+    passed = [np.sum(gamma * z_hat + half_off(z_hat, gamma) > 1e-12) for gamma in (0.5, 3.0)]
+    return passed == [50, 50]
+
+
+@exercise("03.1", "both means go over the axes 0, 2 and 3; gamma / std needs the shape (C, 1, 1).")
+def _images_backward(backward: Any) -> bool:
+    x, dy = sample((5, 3, 4, 2)), sample((5, 3, 4, 2), seed=1)
+    _, cache = functional.batch_norm(x, gamma := np.array([0.5, -2.0, 3.0]), np.zeros(3))
+    expected, _, _ = functional.batch_norm_backward(dy, cache)
+    return close(backward(dy, cache.z_hat, gamma, cache.std), expected)
+
+
+@exercise("03.2", "two things change: the gradient, and the weights that the step is measured by.")
+def _three_times(answer: Any) -> bool:
+    return answer is not None and close(answer, 9.0, rtol=1e-2)
+
+
+@exercise("03.3", "go back to the step of the variance: which of the two means came from there?")
+def _unbiased_backward(backward: Any) -> bool:
+    x, dy, gamma, m = sample((7, 1))[:, 0], sample((7, 1), seed=1)[:, 0], 1.7, 7
+    std = np.sqrt(x.var(ddof=1) + 1e-5)
+    z_hat = (x - x.mean()) / std
+    # d z_hat_i / d x_j = (delta_ij - 1/m - z_hat_i z_hat_j / (m - 1)) / std
+    jacobian = (np.eye(m) - 1 / m - np.outer(z_hat, z_hat) / (m - 1)) / std
+    return close(backward(dy, z_hat, gamma, std), gamma * dy @ jacobian)

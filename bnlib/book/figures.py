@@ -1,0 +1,173 @@
+"""Pictures of the chapters that take more than ten lines to draw.
+
+Each function returns a matplotlib figure in the book's look; call `style.use` first.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from bnlib.book.style import WIDTH, color
+
+
+def digit_row(images: ArrayLike, columns: int = 8) -> Figure:
+    """Show images, shape (n, 28, 28) with 0 as paper and 1 as ink, in rows of `columns`."""
+    images = np.asarray(images)
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, WIDTH * rows / columns))
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, image in zip(axes.flat, images, strict=False):
+        ax.imshow(image, vmin=0, vmax=1)
+    plt.close(figure)
+    return figure
+
+
+def histogram(
+    ax: Axes, values: ArrayLike, thing: str, limits: tuple[float, float], bins: int = 24
+) -> None:
+    """Draw values as bars and ticks, with their mean and one standard deviation on each side."""
+    values = np.asarray(values)
+    mean, std, hue = values.mean(), values.std(), color(thing)
+    ax.axvspan(max(mean - std, limits[0]), min(mean + std, limits[1]), color=hue, alpha=0.1, lw=0)
+    ax.hist(values, bins=bins, range=limits, color=hue, alpha=0.4)
+    ax.axvline(mean, color=hue, linestyle="--")
+    ax.plot(values, np.full(values.size, 0.04), "|", color=hue, markersize=9, alpha=0.8,
+            transform=ax.get_xaxis_transform())  # fmt: skip
+    ax.set(xlim=limits, yticks=[])
+    ax.spines["left"].set_visible(False)
+
+
+def normalization(
+    z: ArrayLike, z_hat: ArrayLike, limits: tuple[float, float] | None = None
+) -> Figure:
+    """Show the values of one node, shape (m,), beside the same values normalized.
+
+    limits: of the left axis; by default a little more than the values need.
+    """
+    z = np.asarray(z)
+    figure, (left, right) = plt.subplots(1, 2)
+    room = 0.1 * (z.max() - z.min())
+    histogram(left, z, "z", limits or (z.min() - room, z.max() + room))
+    histogram(right, z_hat, "z_hat", (-4, 4))
+    left.set(title="$z$")
+    right.set(title=r"$\hat z = (z - \mu)\,/\,\sqrt{\sigma^2 + \epsilon}$")
+    plt.close(figure)
+    return figure
+
+
+def nodes(before: ArrayLike, after: ArrayLike, titles: tuple[str, str]) -> Figure:
+    """Show two layers, each (m, nodes): a column of dots per node, and a bar at its mean."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    for ax, values, thing, title in zip(axes, (before, after), ("z", "z_hat"), titles, strict=True):
+        values = np.asarray(values)
+        for node, column in enumerate(values.T):
+            ax.plot(np.full(len(column), node), column, "o", color=color(thing), markersize=3,
+                    alpha=0.35, markeredgewidth=0)  # fmt: skip
+            ax.plot([node - 0.35, node + 0.35], [column.mean()] * 2, color=color("ink"))
+        ax.axhline(0, color=color("muted"), linewidth=0.8, zorder=0)
+        ax.set(title=title, xlabel="node", xticks=range(values.shape[1]))
+    plt.close(figure)
+    return figure
+
+
+def scale_and_shift(z_hat: ArrayLike, y: ArrayLike, activation: ArrayLike, name: str) -> Figure:
+    """Show one node's values normalized, scaled and shifted, and behind the activation `name`."""
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.2))
+    parts = (
+        (z_hat, "z_hat", (-10, 10), r"$\hat z$"),
+        (y, "y", (-10, 10), r"$y = \gamma \hat z + \beta$"),
+        (activation, "activation", (0, 1), f"{name}$(y)$"),
+    )
+    for ax, (values, thing, limits, title) in zip(axes, parts, strict=True):
+        histogram(ax, values, thing, limits, bins=32)
+        ax.set(title=title, xticks=np.linspace(*limits, 3))
+    plt.close(figure)
+    return figure
+
+
+def descent(gammas: ArrayLike, betas: ArrayLike, goals: tuple[ArrayLike, ArrayLike]) -> Figure:
+    """Show gamma and beta over the steps, each (steps, nodes), and the goal of every node."""
+    figure, axes = plt.subplots(1, 2)
+    parts = ((gammas, goals[0], r"$\gamma$"), (betas, goals[1], r"$\beta$"))
+    for ax, (values, goal, title) in zip(axes, parts, strict=True):
+        values, goal = np.asarray(values), np.asarray(goal)
+        ax.plot(values, color=color("y"), linewidth=1)
+        ax.plot(np.full(len(goal), len(values) * 1.03), goal, "<", color=color("z"))
+        ax.set(title=title, xlabel="step")
+    plt.close(figure)
+    return figure
+
+
+def chosen(gammas: ArrayLike, betas: ArrayLike) -> Figure:
+    """Show gamma against beta for every node of two layers, each (networks, 2, nodes)."""
+    gammas, betas = np.asarray(gammas), np.asarray(betas)
+    figure, ax = plt.subplots(figsize=(WIDTH, 3))
+    for k, (name, mark, thing) in enumerate((("first", "o", "z"), ("second", "^", "y"))):
+        ax.plot(gammas[:, k].ravel(), betas[:, k].ravel(), mark, color=color(thing), alpha=0.5,
+                markersize=4, label=f"{name} layer")  # fmt: skip
+    ax.plot(1, 0, "+", color=color("ink"), markersize=16, label="start")
+    ax.set(xlabel=r"$\gamma$", ylabel=r"$\beta$")
+    figure.legend(loc="outside right center")
+    plt.close(figure)
+    return figure
+
+
+def columns(z_hat: ArrayLike, gradient: ArrayLike) -> Figure:
+    """Show z-hat and the gradient for z of a small batch, one bar per example."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.4))
+    parts = ((z_hat, "z_hat", r"$\hat z$"), (gradient, "gradient", "gradient for $z$"))
+    for ax, (values, thing, title) in zip(axes, parts, strict=True):
+        values = np.asarray(values)
+        examples = np.arange(1, len(values) + 1)
+        ax.bar(examples, values, width=0.7, color=color(thing), alpha=0.6)
+        ax.axhline(0, color=color("muted"), linewidth=0.8)
+        ax.set(title=title, xlabel="example", xticks=examples)
+    plt.close(figure)
+    return figure
+
+
+def matrix(values: ArrayLike, xlabel: str, ylabel: str) -> Figure:
+    """Show a square table of positive and negative numbers as colours, with their scale."""
+    values = np.asarray(values)
+    limit = np.abs(values).max()
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.4))
+    image = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit)
+    ticks, labels = range(len(values)), [str(i + 1) for i in range(len(values))]
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(ticks, labels)
+    figure.colorbar(image, shrink=0.85)
+    plt.close(figure)
+    return figure
+
+
+def graph() -> Figure:
+    """Show the computational graph of batch normalization, from z to y."""
+    boxes = {  # name: (x, y, formula, colour)
+        "z": (0.4, 1, "$z$", "z"),
+        "mean": (1.3, 0, r"$\mu = \overline{z}$", "muted"),
+        "centered": (2.3, 1, r"$c = z - \mu$", "muted"),
+        "var": (3.2, 0, r"$\sigma^2 = \overline{c^2}$", "muted"),
+        "std": (4.7, 0, r"$s = \sqrt{\sigma^2 + \epsilon}$", "muted"),
+        "z_hat": (5.0, 1, r"$\hat z = c\,/\,s$", "z_hat"),
+        "y": (6.75, 1, r"$y = \gamma \hat z + \beta$", "y"),
+    }
+    arrows = ("z mean", "z centered", "mean centered", "centered var", "var std", "std z_hat",
+              "centered z_hat", "z_hat y")  # fmt: skip
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.5))
+    ax.set(xlim=(0, 7.6), ylim=(-0.4, 1.4))
+    ax.axis("off")
+    drawn = {
+        name: ax.text(x, y, formula, ha="center", va="center", fontsize=10, bbox={
+            "boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": color(hue)})
+        for name, (x, y, formula, hue) in boxes.items()
+    }  # fmt: skip
+    for start, end in (arrow.split() for arrow in arrows):
+        ends = {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        look = {"arrowstyle": "-|>", "color": color("ink"), "lw": 1, **ends}
+        ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
+    plt.close(figure)
+    return figure

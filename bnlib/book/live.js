@@ -1,0 +1,217 @@
+// The frame of every live figure: controls, panels, one status line. No framework, no request.
+// A figure is an entry of `figures`, in a file of live_figures/:
+//   controls  list of {name, label, kind: "range" | "choice" | "button", ...}
+//   compute   (data, params) => result: pure numbers, tested against NumPy
+//   draw      (result, params) => list of panels made with `plot`
+//   status    (result, params) => one sentence with the numbers
+const figures = {};
+
+const fixed = (value, digits = 3) => {
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? (0).toFixed(digits) : text.replace("-", "\u2212");
+};
+
+// ---- numbers -------------------------------------------------------------------------------
+
+const sum = (values) => values.reduce((total, v) => total + v, 0);
+const mean = (values) => sum(values) / values.length;
+
+function moments(values) {
+  const mu = mean(values);
+  return { mean: mu, var: mean(values.map((v) => (v - mu) ** 2)) };
+}
+
+function skewness(values) {
+  const { mean: mu, var: variance } = moments(values);
+  return variance > 0 ? mean(values.map((v) => (v - mu) ** 3)) / variance ** 1.5 : 0;
+}
+
+// Counts in equal bins, as numpy.histogram: the last bin includes its right edge.
+function histogram(values, lo, hi, bins) {
+  const counts = new Array(bins).fill(0);
+  for (const v of values) {
+    if (v < lo || v > hi) continue;
+    const at = Math.floor(((v - lo) / (hi - lo)) * bins);
+    counts[Math.min(at, bins - 1)] += 1;
+  }
+  return counts;
+}
+
+// ---- pictures ------------------------------------------------------------------------------
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function svg(tag, attributes, ...children) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+// One panel with axes; returns {node, and methods that add marks, in data coordinates}.
+function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yticks = [] }) {
+  const W = 320, H = 210, left = yticks.length ? 40 : 12, right = 10, top = 26, bottom = 40;
+  const X = (v) => left + ((v - x0) / (x1 - x0)) * (W - left - right);
+  const Y = (v) => H - bottom - ((v - y0) / (y1 - y0)) * (H - top - bottom);
+  const node = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label });
+  const add = (tag, attributes, text) =>
+    node.append(svg(tag, attributes, ...(text === undefined ? [] : [text])));
+  const text = (x, y, string, attributes = {}) =>
+    add("text", { x, y, "text-anchor": "middle", ...attributes }, string);
+  text(W / 2, 15, title, { class: "title" });
+  add("line", { x1: left, x2: W - right, y1: H - bottom, y2: H - bottom, class: "axis" });
+  for (const v of xticks) {
+    add("line", { x1: X(v), x2: X(v), y1: H - bottom, y2: H - bottom + 4, class: "axis" });
+    text(X(v), H - bottom + 17, String(v).replace("-", "\u2212"));
+  }
+  for (const v of yticks) {
+    add("line", { x1: left, x2: W - right, y1: Y(v), y2: Y(v), class: "grid" });
+    text(left - 5, Y(v) + 4, String(v).replace("-", "\u2212"), { "text-anchor": "end" });
+  }
+  text((left + W - right) / 2, H - 6, xlabel, { class: "label" });
+  const inside = (v) => v >= x0 && v <= x1;
+  return {
+    node,
+    bars(counts, color) {
+      const width = (x1 - x0) / counts.length;
+      counts.forEach((count, i) => count && add("rect", {
+        x: X(x0 + i * width) + 0.5, width: X(x0 + width) - X(x0) - 1,
+        y: Y(count), height: Y(0) - Y(count), fill: color, "fill-opacity": 0.4,
+      }));
+    },
+    rug(values, color) {
+      for (const v of values.filter(inside)) {
+        add("line", { x1: X(v), x2: X(v), y1: Y(y0), y2: Y(y0) - 9, stroke: color,
+          "stroke-width": 1.6, "stroke-opacity": 0.75 });
+      }
+    },
+    vline(v, color, dashed = false) {
+      if (!inside(v)) return;
+      add("line", { x1: X(v), x2: X(v), y1: top, y2: H - bottom, stroke: color,
+        "stroke-width": 2, ...(dashed && { "stroke-dasharray": "5 4" }) });
+    },
+    span(a, b, color) {
+      const [lo, hi] = [Math.max(a, x0), Math.min(b, x1)];
+      if (hi > lo) add("rect", { x: X(lo), width: X(hi) - X(lo), y: top, height: H - bottom - top,
+        fill: color, "fill-opacity": 0.1 });
+    },
+    curve(f, color) {
+      const points = Array.from({ length: 81 }, (_, i) => x0 + ((x1 - x0) * i) / 80)
+        .map((v) => `${X(v).toFixed(1)},${Y(f(v)).toFixed(1)}`);
+      add("polyline", { points: points.join(" "), fill: "none", stroke: color, "stroke-width": 2 });
+    },
+    // One bar per value, from zero; `ghost` values are outlined behind them.
+    columns(values, color, { ghost = [], marked = -1 } = {}) {
+      values.forEach((v, i) => {
+        if (i < ghost.length) add("rect", { x: X(i + 0.62), width: X(0.76) - X(0),
+          y: Y(Math.max(ghost[i], 0)), height: Math.abs(Y(ghost[i]) - Y(0)), class: "ghost" });
+        add("rect", { x: X(i + 0.7), width: X(0.6) - X(0), y: Y(Math.max(v, 0)),
+          height: Math.max(Math.abs(Y(v) - Y(0)), 0.8), fill: color,
+          "fill-opacity": i === marked ? 1 : 0.55 });
+      });
+      add("line", { x1: left, x2: W - right, y1: Y(0), y2: Y(0), class: "axis" });
+    },
+  };
+}
+
+// Round numbers that divide a range, as an axis wants them.
+function ticks(lo, hi) {
+  const rough = (hi - lo) / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].find((k) => k * power >= rough) * power;
+  const first = Math.ceil(lo / step);
+  return Array.from({ length: Math.floor(hi / step) - first + 1 },
+    (_, i) => Number(((first + i) * step).toPrecision(6)));
+}
+
+const color = (thing) => `var(--live-${thing})`;
+
+// ---- the frame -----------------------------------------------------------------------------
+
+function element(tag, properties = {}, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+function control(spec, model, changed) {
+  const value = () => model.get(spec.name);
+  const set = (v) => { model.set(spec.name, v); model.save_changes(); };
+  if (spec.kind === "button") {
+    const button = element("button", { type: "button", textContent: spec.label });
+    button.addEventListener("click", () => spec.click(model, set));
+    return { node: button, refresh() {} };
+  }
+  if (spec.kind === "choice") {
+    const select = element("select");
+    select.append(...spec.options(model.get("data")).map((name, i) => new Option(name, i)));
+    select.addEventListener("change", () => set(Number(select.value)));
+    return { node: element("label", {}, element("span", { textContent: spec.label }), select),
+      refresh() { select.value = value(); } };
+  }
+  const number = element("b"); // the number beside the slider; the status line speaks for it
+  number.setAttribute("aria-hidden", "true");
+  const input = element("input", { type: "range", min: spec.min, max: spec.max, step: spec.step });
+  const shown = spec.show ?? ((v) => fixed(v, 2));
+  input.addEventListener("input", () => set((spec.from ?? Number)(Number(input.value))));
+  return {
+    node: element("label", {}, element("span", {}, `${spec.label} = `, number), input),
+    refresh() {
+      input.value = (spec.to ?? Number)(value());
+      number.textContent = shown(value());
+      input.setAttribute("aria-valuetext", shown(value()));
+    },
+  };
+}
+
+function render({ model, el }) {
+  const figure = figures[model.get("figure")];
+  const panels = element("div", { className: "panels" });
+  const status = element("p", { className: "status" });
+  status.setAttribute("role", "status");
+  const controls = figure.controls.map((spec) => control(spec, model));
+  const box = element("div", { className: "controls" }, ...controls.map((c) => c.node));
+  box.setAttribute("role", "group");
+  box.setAttribute("aria-label", figure.label);
+  el.classList.add("live");
+  el.replaceChildren(panels, status, box);
+  const names = figure.controls.map((spec) => spec.name);
+  const update = () => {
+    const params = Object.fromEntries(names.map((name) => [name, model.get(name)]));
+    const result = figure.compute(model.get("data"), params);
+    controls.forEach((c) => c.refresh());
+    panels.replaceChildren(...figure.draw(result, params));
+    status.textContent = figure.status(result, params);
+  };
+  names.forEach((name) => model.on(`change:${name}`, update));
+  update();
+}
+
+// A page without a kernel: the state comes from the element, and stays in the page.
+function pageModel(state) {
+  const listeners = {};
+  return {
+    get: (name) => state[name],
+    set(name, value) {
+      state[name] = value;
+      (listeners[`change:${name}`] ?? []).forEach((listener) => listener());
+    },
+    save_changes() {},
+    on: (event, listener) => (listeners[event] ??= []).push(listener),
+  };
+}
+
+// Put the figure in the place of the still picture that stands in the same output.
+function mount(root) {
+  root.dataset.mounted = "";
+  const output = root.closest(".cell_output, .jp-OutputArea, #output-area") ?? root; // or Colab's
+  const picture = output.querySelector("img");
+  const still = picture?.closest("a") ?? picture; // the book links a picture to its file
+  const el = element("div");
+  render({ model: pageModel(JSON.parse(root.dataset.state)), el });
+  root.querySelector(".still")?.remove();
+  if (still) {
+    still.before(el);
+    still.style.display = "none";
+  } else root.append(el);
+}

@@ -1,0 +1,87 @@
+"""Figures that move without a kernel: one JavaScript module, in the page and in a notebook.
+
+`show` leaves two outputs: a picture, for GitHub, paper and readers without JavaScript, and the
+figure itself, which takes the picture's place where scripts run. `widget` gives the same figure
+as a Jupyter widget, its parameters linked to Python both ways.
+"""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+
+from bnlib.book import style
+
+HERE = Path(__file__).parent
+STILL = "A still picture: run this cell, or read the book online, to move the sliders."
+
+
+def script(name: str) -> str:
+    """Return the JavaScript of one figure: the frame, then the figure's own file.
+
+    Raises ValueError with the known names if there is no such figure.
+    """
+    file = HERE / "live_figures" / f"{name}.js"
+    if not file.exists():
+        known = sorted(path.stem for path in file.parent.glob("*.js"))
+        raise ValueError(f"expected one of {', '.join(known)}, got {name!r}")
+    return (HERE / "live.js").read_text("utf-8") + file.read_text("utf-8")
+
+
+def stylesheet() -> str:
+    """Return the CSS of the frame, with the book's colours for both themes."""
+    light, dark = (
+        " ".join(f"--live-{thing}: {pair[i]};" for thing, pair in style.COLORS.items())
+        for i in (0, 1)
+    )
+    css = (HERE / "live.css").read_text("utf-8")
+    return css.replace("/* light */", light).replace("/* dark */", dark)
+
+
+def fragment(name: str, data: dict[str, Any], **params: float) -> str:
+    """Return the HTML of a live figure: its style, state and script, with nothing to fetch.
+
+    data: what the figure computes from, as JSON can hold it; params: a value for each control.
+    Raises ValueError if there is no such figure.
+    """
+    code = script(name)
+    state = json.dumps({"figure": name, "data": data, **params}, separators=(",", ":"))
+    return (
+        f"<style>{stylesheet()}</style>"
+        f'<div data-live="{name}" data-state="{html.escape(state)}">'
+        f'<p class="still">{STILL}</p></div>'
+        f'<script type="module">{code}'
+        f"document.querySelectorAll('[data-live={name}]:not([data-mounted])').forEach(mount);"
+        "</script>"
+    )
+
+
+def show(name: str, picture: Figure, data: dict[str, Any], **params: float) -> None:
+    """Display a live figure: first its still picture, then the figure that takes its place.
+
+    picture: the same figure at its first position, drawn with matplotlib. Others: see `fragment`.
+    """
+    markup = fragment(name, data, **params)
+    display(picture)
+    display(HTML(markup))
+
+
+def widget(name: str, data: dict[str, Any], **params: float) -> Any:
+    """Return the figure as a Jupyter widget: each parameter is a trait, linked both ways.
+
+    Needs a running kernel and anywidget (`pip install anywidget`). Arguments: see `fragment`.
+    """
+    import anywidget
+    import traitlets
+
+    synced = {"figure": name, "data": data, **params}
+    traits: dict[str, Any] = {
+        key: traitlets.Any(value).tag(sync=True) for key, value in synced.items()
+    }
+    code = script(name) + "export default { render };"
+    return type(
+        "LiveFigure", (anywidget.AnyWidget,), {"_esm": code, "_css": stylesheet(), **traits}
+    )()

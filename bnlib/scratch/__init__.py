@@ -1,0 +1,1 @@
+"""Batch normalization in NumPy, written to be read beside the formulas."""
