@@ -110,7 +110,7 @@ def chosen(gammas: ArrayLike, betas: ArrayLike) -> Figure:
                 markersize=4, label=f"{name} layer")  # fmt: skip
     ax.plot(1, 0, "+", color=color("ink"), markersize=16, label="start")
     ax.set(xlabel=r"$\gamma$", ylabel=r"$\beta$")
-    figure.legend(loc="outside right center")
+    ax.legend(loc="lower right")
     plt.close(figure)
     return figure
 
@@ -147,21 +147,21 @@ def matrix(values: ArrayLike, xlabel: str, ylabel: str) -> Figure:
 def graph() -> Figure:
     """Show the computational graph of batch normalization, from z to y."""
     boxes = {  # name: (x, y, formula, colour)
-        "z": (0.4, 1, "$z$", "z"),
-        "mean": (1.3, 0, r"$\mu = \overline{z}$", "muted"),
-        "centered": (2.3, 1, r"$c = z - \mu$", "muted"),
-        "var": (3.2, 0, r"$\sigma^2 = \overline{c^2}$", "muted"),
+        "z": (0.2, 1, "$z$", "z"),
+        "mean": (0.9, 0, r"$\mu = \overline{z}$", "muted"),
+        "centered": (2.0, 1, r"$c = z - \mu$", "muted"),
+        "var": (2.8, 0, r"$\sigma^2 = \overline{c^2}$", "muted"),
         "std": (4.7, 0, r"$s = \sqrt{\sigma^2 + \epsilon}$", "muted"),
-        "z_hat": (5.0, 1, r"$\hat z = c\,/\,s$", "z_hat"),
-        "y": (6.75, 1, r"$y = \gamma \hat z + \beta$", "y"),
+        "z_hat": (4.4, 1, r"$\hat z = c\,/\,s$", "z_hat"),
+        "y": (6.5, 1, r"$y = \gamma \hat z + \beta$", "y"),
     }
     arrows = ("z mean", "z centered", "mean centered", "centered var", "var std", "std z_hat",
               "centered z_hat", "z_hat y")  # fmt: skip
-    figure, ax = plt.subplots(figsize=(WIDTH, 1.5))
-    ax.set(xlim=(0, 7.6), ylim=(-0.4, 1.4))
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.7))
+    ax.set(xlim=(0, 7.3), ylim=(-0.4, 1.4))
     ax.axis("off")
     drawn = {
-        name: ax.text(x, y, formula, ha="center", va="center", fontsize=10, bbox={
+        name: ax.text(x, y, formula, ha="center", va="center", fontsize=12, bbox={
             "boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": color(hue)})
         for name, (x, y, formula, hue) in boxes.items()
     }  # fmt: skip

@@ -29,10 +29,13 @@ function skewness(values) {
 // Counts in equal bins, as numpy.histogram: the last bin includes its right edge.
 function histogram(values, lo, hi, bins) {
   const counts = new Array(bins).fill(0);
+  const edge = (i) => (i < bins ? lo + i * ((hi - lo) / bins) : hi);
   for (const v of values) {
     if (v < lo || v > hi) continue;
-    const at = Math.floor(((v - lo) / (hi - lo)) * bins);
-    counts[Math.min(at, bins - 1)] += 1;
+    let at = Math.min(Math.floor(((v - lo) / (hi - lo)) * bins), bins - 1);
+    if (v < edge(at)) at -= 1; // the quotient was rounded up, or down, across an edge
+    else if (at < bins - 1 && v >= edge(at + 1)) at += 1;
+    counts[at] += 1;
   }
   return counts;
 }
@@ -49,20 +52,22 @@ function svg(tag, attributes, ...children) {
 }
 
 // One panel with axes; returns {node, and methods that add marks, in data coordinates}.
-function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yticks = [] }) {
-  const W = 320, H = 210, left = yticks.length ? 40 : 12, right = 10, top = 26, bottom = 40;
+function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yticks = [], width: W = 320 }) {
+  const H = 210, left = yticks.length ? 40 : 12, right = 10, top = 26, bottom = 40;
   const X = (v) => left + ((v - x0) / (x1 - x0)) * (W - left - right);
   const Y = (v) => H - bottom - ((v - y0) / (y1 - y0)) * (H - top - bottom);
-  const node = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label });
+  const node = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label,
+    style: `max-width: ${1.4 * W}px; flex-basis: ${0.72 * W}px` });
   const add = (tag, attributes, text) =>
     node.append(svg(tag, attributes, ...(text === undefined ? [] : [text])));
   const text = (x, y, string, attributes = {}) =>
     add("text", { x, y, "text-anchor": "middle", ...attributes }, string);
   text(W / 2, 15, title, { class: "title" });
   add("line", { x1: left, x2: W - right, y1: H - bottom, y2: H - bottom, class: "axis" });
-  for (const v of xticks) {
+  for (const tick of xticks) {
+    const [v, name] = Array.isArray(tick) ? tick : [tick, tick];
     add("line", { x1: X(v), x2: X(v), y1: H - bottom, y2: H - bottom + 4, class: "axis" });
-    text(X(v), H - bottom + 17, String(v).replace("-", "\u2212"));
+    text(X(v), H - bottom + 17, String(name).replace("-", "\u2212"));
   }
   for (const v of yticks) {
     add("line", { x1: left, x2: W - right, y1: Y(v), y2: Y(v), class: "grid" });
@@ -102,13 +107,14 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
     },
     // One bar per value, from zero; `ghost` values are outlined behind them.
     columns(values, color, { ghost = [], marked = -1 } = {}) {
-      values.forEach((v, i) => {
-        if (i < ghost.length) add("rect", { x: X(i + 0.62), width: X(0.76) - X(0),
-          y: Y(Math.max(ghost[i], 0)), height: Math.abs(Y(ghost[i]) - Y(0)), class: "ghost" });
-        add("rect", { x: X(i + 0.7), width: X(0.6) - X(0), y: Y(Math.max(v, 0)),
-          height: Math.max(Math.abs(Y(v) - Y(0)), 0.8), fill: color,
-          "fill-opacity": i === marked ? 1 : 0.55 });
-      });
+      const column = (v, from, to, attributes) => {
+        const end = Y(Math.min(Math.max(v, y0), y1));
+        add("rect", { x: X(from), width: X(to) - X(from), y: Math.min(end, Y(0)),
+          height: Math.max(Math.abs(end - Y(0)), 0.8), ...attributes });
+      };
+      ghost.forEach((v, i) => column(v, i + 0.12, i + 0.88, { class: "ghost" }));
+      values.forEach((v, i) => column(v, i + 0.2, i + 0.8,
+        { fill: color, "fill-opacity": i === marked ? 1 : 0.55 }));
       add("line", { x1: left, x2: W - right, y1: Y(0), y2: Y(0), class: "axis" });
     },
   };

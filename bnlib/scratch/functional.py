@@ -136,10 +136,11 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Arra
     axes = _batch_axes(dy)
     dbeta = dy.sum(axis=axes, dtype=np.float64)
     dgamma = (dy * z_hat).sum(axis=axes)
-    m = max(_values_per_channel(dy), 1)  # an empty batch has zero gradients, not 0 / 0
+    m = max(_values_per_channel(dy), 1)  # empty: 0, not 0 / 0
     mean_dy = _per_channel(dbeta / m, dy.ndim)
     mean_dy_z_hat = _per_channel(dgamma / m, dy.ndim)
-    dx = _per_channel(gamma / std, dy.ndim) * (dy - mean_dy - z_hat * mean_dy_z_hat)
+    rest = dy - mean_dy - z_hat * mean_dy_z_hat
+    dx = _per_channel(gamma / std, dy.ndim) * rest
     return dx.astype(dy.dtype), dgamma, dbeta
 
 

@@ -24,14 +24,15 @@ figures.backward = {
 
   draw({ before, after }, { example }) {
     const panel = (title, what, now, then, limit, yticks, hue) => {
-      const p = plot({ title, x: [0, now.length], y: [-limit, limit], yticks, xticks: [],
+      const p = plot({ title, x: [0, now.length], y: [-limit, limit], yticks,
+        xticks: now.map((_, i) => [i + 0.5, i + 1]),
         xlabel: "example", label: `${what} of ${now.length} examples: ${now.map((v) => fixed(v, 2)).join(", ")}` });
       p.columns(now, hue, { ghost: then, marked: example });
       return p.node;
     };
     return [
       panel("z\u0302", "z-hat", after.zHat, before.zHat, 3, [-2, 0, 2], color("z_hat")),
-      panel("gradient for z", "Gradient", after.dz, before.dz, 2.4, [-2, 0, 2], color("gradient")),
+      panel("gradient for z", "Gradient", after.dz, before.dz, 3, [-2, 0, 2], color("gradient")),
     ];
   },
 

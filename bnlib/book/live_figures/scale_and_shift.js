@@ -3,10 +3,12 @@ figures.scale_and_shift = {
   label: "Gamma, beta and the activation function",
   // An activation counts as flat where its slope is below a tenth of the largest slope.
   activations: [
-    { name: "sigmoid", g: (v) => 1 / (1 + Math.exp(-v)), flat: (v) => Math.abs(v) > 3.6373,
+    { name: "sigmoid", g: (v) => 1 / (1 + Math.exp(-v)), flat: [[-10, -3.6373], [3.6373, 10]],
       range: [0, 1], ticks: [0, 0.5, 1] },
-    { name: "tanh", g: Math.tanh, flat: (v) => Math.abs(v) > 1.8184, range: [-1, 1], ticks: [-1, 0, 1] },
-    { name: "ReLU", g: (v) => Math.max(v, 0), flat: (v) => v < 0, range: [0, 8], ticks: [0, 4, 8] },
+    { name: "tanh", g: Math.tanh, flat: [[-10, -1.8184], [1.8184, 10]],
+      range: [-1, 1], ticks: [-1, 0, 1] },
+    { name: "ReLU", g: (v) => Math.max(v, 0), flat: [[-10, 0]],
+      range: [0, 8], ticks: [0, 4, 8] },
   ],
   controls: [
     { name: "gamma", label: "gamma", kind: "range", min: -4, max: 8, step: 0.1 },
@@ -27,24 +29,23 @@ figures.scale_and_shift = {
     const zHat = z.map((v) => (v - mu) / Math.sqrt(variance + 1e-5));
     const y = zHat.map((v) => gamma * v + beta);
     const { g, flat } = this.activations[activation];
-    return { zHat, y, a: y.map(g), flat: y.filter(flat).length / y.length, moments: moments(y) };
+    const outside = (v) => v < flat[0][1] || (flat.length > 1 && v > flat[1][0]);
+    return { zHat, y, a: y.map(g), flat: y.filter(outside).length / y.length, moments: moments(y) };
   },
 
   draw({ zHat, y, a }, { activation }) {
     const { name, flat, range, ticks: at } = this.activations[activation];
     const panel = (title, label, values, [lo, hi], xticks, hue, under = () => {}) => {
       const counts = histogram(values, lo, hi, 32);
-      const p = plot({ title, label, x: [lo, hi], y: [0, 1.08 * Math.max(...counts, 1)], xticks });
+      const p = plot({ title, label, x: [lo, hi], y: [0, 1.08 * Math.max(...counts, 1)], xticks,
+        width: 215 });
       under(p);
       p.bars(counts, hue);
       p.rug(values, hue);
       return p.node;
     };
     const wide = [-10, 10], marks = [-10, -5, 0, 5, 10];
-    const shade = (p) => {
-      const edge = Array.from({ length: 401 }, (_, i) => -10 + i / 20);
-      for (const v of edge) if (flat(v)) p.span(v, v + 0.05, color("muted"));
-    };
+    const shade = (p) => flat.forEach(([from, to]) => p.span(from, to, color("muted")));
     const describe = (what, values) => {
       const m = moments(values);
       return `Histogram of ${what}, mean ${fixed(m.mean, 2)}, standard deviation ${fixed(Math.sqrt(m.var), 2)}`;
