@@ -1,0 +1,165 @@
+"""Every page of the book as a reader meets it: in both themes, on a phone, without JavaScript."""
+
+import functools
+import json
+import posixpath
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import yaml
+from axe_playwright_python.base import AXE_SCRIPT
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parents[2]
+
+# Text that a reader sees, without code and without what MathJax made of the formulas.
+PROSE = """() => {
+  const skipped = "pre, code, script, style, mjx-container, .live";
+  const walker = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+  let text = "";
+  while (walker.nextNode()) {
+    if (!walker.currentNode.parentElement.closest(skipped)) text += walker.currentNode.data;
+  }
+  return text;
+}"""
+
+# Elements that stick out of the window, unless they stand in a scroller that does not.
+OUTSIDE = """() => {
+  document.querySelectorAll("article details").forEach((details) => { details.open = true; });
+  const fits = (element) => {
+    const { left, right } = element.getBoundingClientRect();
+    return left >= 0 && right <= window.innerWidth + 0.5;
+  };
+  const scrolls = (element) => /auto|scroll/.test(getComputedStyle(element).overflowX);
+  const inScroller = (element) => {
+    for (let e = element.parentElement; e; e = e.parentElement) if (scrolls(e) && fits(e)) return true;
+  };
+  return [...document.querySelectorAll("article *")]
+    .filter((element) => element.checkVisibility() && !element.closest("mjx-assistive-mml"))
+    .filter((element) => !fits(element) && !inScroller(element))
+    .map((element) => element.outerHTML.slice(0, 120));
+}"""
+
+# axe looks for imports of stylesheets in the wrong folder; no rule that runs here needs them.
+AXE = "() => axe.run({ preload: false, resultTypes: ['violations'] })"
+
+
+@functools.cache
+def parsed(file):
+    return BeautifulSoup(file.read_text("utf-8"), "html.parser")
+
+
+def article(site, path):
+    return parsed(site / urlsplit(path).path).select_one("article")
+
+
+def test_opens_without_trouble_and_asks_nobody_else(visit, troubles, path):
+    visit(path)
+    assert troubles == []
+
+
+def test_the_first_page_leads_to_the_book(visit, troubles):
+    page = visit("index.html")
+    page.wait_for_url("**/intro.html")
+    assert troubles == []
+
+
+def test_formulas_are_rendered(site, visit, path):
+    page = visit(path)
+    formulas = article(site, path).select(".math")
+    assert page.locator("article mjx-container").count() == len(formulas)
+    # An unknown command does not stop MathJax: it shows the command in red.
+    wrong = page.locator("article :is(mjx-merror, mjx-container [style*='color: red'])")
+    assert wrong.all_inner_texts() == []
+    prose = page.evaluate(PROSE)
+    assert [mark for mark in (r"\(", r"\[", "$") if mark in prose] == []
+
+
+def test_fits_a_phone(visit, path, theme):
+    page = visit(path, width=375, theme=theme)
+    assert page.evaluate(OUTSIDE) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+
+
+def test_is_accessible(visit, path, theme):
+    page = visit(path, theme=theme)
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    page.evaluate("document.querySelectorAll('article details').forEach((e) => { e.open = true; })")
+    page.evaluate(AXE_SCRIPT)
+    for width in (1200, 375):
+        page.set_viewport_size({"width": width, "height": 800})
+        violations = page.evaluate(AXE)["violations"]
+        found = [(rule["id"], node["html"][:200]) for rule in violations for node in rule["nodes"]]
+        assert found == [], f"at {width} px"
+
+
+def test_links_resolve(site, path):
+    path = urlsplit(path).path
+    page = parsed(site / path)
+    broken = []
+    for element in page.select("[href], [src]"):
+        link = element.get("href") or element.get("src") or ""
+        target = urlsplit(link)
+        if target.scheme or not link.strip("#"):
+            continue
+        file = posixpath.join(posixpath.dirname(path), unquote(target.path)) if target.path else path
+        # A link that starts with a slash works on a server of its own, not in a folder of one.
+        if link.startswith("/") or not (site / file).is_file():
+            broken.append(link)
+        elif target.fragment:
+            anchor = unquote(target.fragment)
+            if not parsed((site / file).resolve()).find(attrs={"id": anchor}):
+                broken.append(link)
+    assert broken == []
+
+
+def test_pictures_are_described_and_captioned(site, path):
+    body = article(site, path)
+    for picture in body.select("img"):
+        name = Path(urlsplit(picture["src"]).path).stem
+        assert len(picture.get("alt", "").split()) > 2, f"alt text of {name}"
+        assert name not in picture["alt"]
+        assert picture.find_parent("figure"), f"{name} stands in no figure"
+    figures = body.select("figure")
+    captions = [[caption.get_text() for caption in figure("figcaption")] for figure in figures]
+    assert [len(texts) for texts in captions] == [1] * len(figures)
+    assert len({texts[0] for texts in captions}) == len(figures), "a caption stands twice"
+
+
+def test_a_chapter_opens_in_colab_and_downloads(site, chapter):
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text("utf-8"))["repository"]
+    copy = repository["url"].removeprefix("https://github.com/")
+    page = parsed(site / f"{chapter}.html")
+    colab = page.select_one("a[href^='https://colab.research.google.com/']")
+    assert colab["href"] == (
+        "https://colab.research.google.com/github/"
+        f"{copy}/blob/{repository['branch']}/{chapter}.ipynb"
+    )
+    download = page.select_one("a.btn-download-source-button")
+    notebook = site / Path(chapter).parent / download["href"]
+    assert json.loads(notebook.read_text("utf-8"))["nbformat"] == 4
+
+
+def test_the_search_finds_words_of_the_book(visit, troubles):
+    page = visit("search.html?q=epsilon")
+    page.locator("#search-results li a").first.wait_for()
+    assert troubles == []
+
+
+@pytest.mark.parametrize("javascript", [True, False], ids=["scripts", "no scripts"])
+def test_a_live_figure_takes_the_place_of_its_picture(site, visit, live, javascript):
+    path, n = live
+    figure = article(site, path).select("[data-live]")[n].find_previous("img")
+    page = visit(path, javascript=javascript)
+    picture = page.locator(f"article img[alt={json.dumps(figure['alt'])}]")
+    if not javascript:
+        assert picture.is_visible()
+        assert page.locator("article .live").count() == 0
+        return
+    assert not picture.is_visible()
+    moving = page.locator("article .live").nth(n)
+    assert moving.is_visible()
+    assert moving.locator("xpath=ancestor::a").count() == 0, "a click would leave the page"
+    # One figure: the picture's, with its caption below.
+    assert moving.locator("xpath=ancestor::figure").locator("figcaption").count() == 1
