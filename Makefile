@@ -10,6 +10,7 @@ PORT ?= 8000
 TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2
 
 export OMP_NUM_THREADS = 1
 export PYTHONHASHSEED = 0
@@ -50,10 +51,10 @@ $(INSTALLED): requirements.txt pyproject.toml
 	  echo "This needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Install one and name it: make PYTHON=python3.12 ..."; exit 1; }
 	@test -d .venv || { $(PYTHON) -m venv .venv >/tmp/venv.$$$$ 2>&1 && touch .venv/.made-by-make; } || { \
 	  rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
-	@if test -n "$(TORCH_INDEX)"; then set -- install --retries 2 --index-url "$(TORCH_INDEX)" $$(grep '^torch==' requirements.txt); \
-	  else set -- --version; fi; $(BIN)/python -m pip "$$@" 2>.venv/pip.log || { tools/explain_pip.sh; exit 1; }
-	@$(BIN)/python -m pip install --retries 2 -r requirements.txt 2>.venv/pip.log || { tools/explain_pip.sh; exit 1; }
-	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable . 2>.venv/pip.log || { tools/explain_pip.sh; exit 1; }
+	@echo "Installing the packages of requirements.txt into .venv: a few minutes, once"
+	@if test -n "$(TORCH_INDEX)"; then $(PIP) --no-deps --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' requirements.txt)" 2>.venv/pip.log; fi || { tools/explain_pip.sh; exit 1; }
+	@$(PIP) -r requirements.txt 2>.venv/pip.log || { tools/explain_pip.sh; exit 1; }
+	@$(PIP) --no-deps --no-build-isolation --editable . 2>.venv/pip.log || { tools/explain_pip.sh; exit 1; }
 	@touch $@
 
 _build/.book: $(INSTALLED) $(LIBRARY) $(PAGES) tools/execute.py

@@ -26,31 +26,32 @@ def digit_row(images: ArrayLike, columns: int = 8) -> Figure:
 
 
 def histogram(
-    ax: Axes, values: ArrayLike, thing: str, limits: tuple[float, float], bins: int = 24
+    ax: Axes,
+    values: ArrayLike,
+    thing: str,
+    limits: tuple[float, float],
+    bins: int = 24,
+    band: bool = True,
 ) -> None:
-    """Draw values as bars and ticks, with their mean and one standard deviation on each side."""
+    """Draw values as bars and ticks; the band reaches one standard deviation around their mean."""
     values = np.asarray(values)
     mean, std, hue = values.mean(), values.std(), color(thing)
-    ax.axvspan(max(mean - std, limits[0]), min(mean + std, limits[1]), color=hue, alpha=0.1, lw=0)
+    if band:
+        ax.axvspan(mean - std, mean + std, color=hue, alpha=0.1, lw=0)
+        ax.axvline(mean, color=hue, linestyle="--")
     ax.hist(values, bins=bins, range=limits, color=hue, alpha=0.4)
-    ax.axvline(mean, color=hue, linestyle="--")
     ax.plot(values, np.full(values.size, 0.04), "|", color=hue, markersize=9, alpha=0.8,
             transform=ax.get_xaxis_transform())  # fmt: skip
     ax.set(xlim=limits, yticks=[])
     ax.spines["left"].set_visible(False)
 
 
-def normalization(
-    z: ArrayLike, z_hat: ArrayLike, limits: tuple[float, float] | None = None
-) -> Figure:
-    """Show the values of one node, shape (m,), beside the same values normalized.
-
-    limits: of the left axis; by default a little more than the values need.
-    """
-    z = np.asarray(z)
+def normalization(z: ArrayLike, z_hat: ArrayLike) -> Figure:
+    """Show the values of one node, shape (m,), beside the same values normalized."""
+    z, z_hat = np.asarray(z), np.asarray(z_hat)
     figure, (left, right) = plt.subplots(1, 2)
-    room = 0.1 * (z.max() - z.min())
-    histogram(left, z, "z", limits or (z.min() - room, z.max() + room))
+    unit = z.std() / z_hat.std()  # one step of z-hat, so that both panels cut the same bins
+    histogram(left, z, "z", (z.mean() - 4 * unit, z.mean() + 4 * unit))
     histogram(right, z_hat, "z_hat", (-4, 4))
     left.set(title="$z$")
     right.set(title=r"$\hat z = (z - \mu)\,/\,\sqrt{\sigma^2 + \epsilon}$")
@@ -73,17 +74,24 @@ def nodes(before: ArrayLike, after: ArrayLike, titles: tuple[str, str]) -> Figur
     return figure
 
 
-def scale_and_shift(z_hat: ArrayLike, y: ArrayLike, activation: ArrayLike, name: str) -> Figure:
-    """Show one node's values normalized, scaled and shifted, and behind the activation `name`."""
+def scale_and_shift(
+    z_hat: ArrayLike, y: ArrayLike, activation: ArrayLike, name: str, flat: float
+) -> Figure:
+    """Show one node's values normalized, scaled and shifted, and behind the activation `name`.
+
+    flat: where the activation's slope falls below a tenth of its steepest, on both sides of 0.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.2))
     parts = (
-        (z_hat, "z_hat", (-10, 10), r"$\hat z$"),
-        (y, "y", (-10, 10), r"$y = \gamma \hat z + \beta$"),
-        (activation, "activation", (0, 1), f"{name}$(y)$"),
+        (z_hat, "z_hat", (-10, 10), (-5, 0, 5), r"$\hat z$"),
+        (y, "y", (-10, 10), (-5, 0, 5), r"$y = \gamma \hat z + \beta$"),
+        (activation, "activation", (0, 1), (0, 0.5, 1), f"{name}$(y)$"),
     )
-    for ax, (values, thing, limits, title) in zip(axes, parts, strict=True):
-        histogram(ax, values, thing, limits, bins=32)
-        ax.set(title=title, xticks=np.linspace(*limits, 3))
+    for ax, (values, thing, limits, ticks, title) in zip(axes, parts, strict=True):
+        histogram(ax, values, thing, limits, bins=32, band=False)
+        ax.set(title=title, xticks=ticks)
+    for side in (-1, 1):
+        axes[1].axvspan(side * flat, side * 10, color=color("muted"), alpha=0.1, lw=0)
     plt.close(figure)
     return figure
 
@@ -105,7 +113,7 @@ def chosen(gammas: ArrayLike, betas: ArrayLike) -> Figure:
     """Show gamma against beta for every node of two layers, each (networks, 2, nodes)."""
     gammas, betas = np.asarray(gammas), np.asarray(betas)
     figure, ax = plt.subplots(figsize=(WIDTH, 3))
-    for k, (name, mark, thing) in enumerate((("first", "o", "z"), ("second", "^", "y"))):
+    for k, (name, mark, thing) in enumerate((("first", "o", "muted"), ("second", "^", "gradient"))):
         ax.plot(gammas[:, k].ravel(), betas[:, k].ravel(), mark, color=color(thing), alpha=0.5,
                 markersize=4, label=f"{name} layer")  # fmt: skip
     ax.plot(1, 0, "+", color=color("ink"), markersize=16, label="start")

@@ -12,7 +12,8 @@ def normalize() -> tuple[Figure, str]:
     style.use()
     z = network.pre_activations(digits("train")[0][:1024])
     z_hat = functional.normalize(z[:32], *functional.moments(z[:32]))
-    nodes = [{"name": f"node {i + 1}", "z": z[:, i].round(5).tolist()} for i in (9, 3, 5)]
+    names = {"the last node": 9, "the fourth node": 3, "the sixth node": 5}
+    nodes = [{"name": name, "z": z[:, i].round(5).tolist()} for name, i in names.items()]
     start = {"node": 0, "batch_size": 32, "eps": 1e-5, "draw": 0}
     picture = figures.normalization(z[:32, 9], z_hat[:, 9])
     return picture, live.fragment("normalize", {"nodes": nodes}, **start)

@@ -106,7 +106,6 @@ def batch_norm(
     x = _floats(x, "x")
     gamma = _channel_vector(gamma, "gamma", x)
     beta = _channel_vector(beta, "beta", x)
-    _positive(eps)
     if _values_per_channel(x) == 1:
         raise ValueError(
             f"expected more than 1 value per channel when training, got input of shape {x.shape}; "
@@ -147,8 +146,9 @@ def batch_norm_backward(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Arra
 def batch_norm_backward_by_graph(dy: ArrayLike, cache: Cache) -> tuple[Array, Array, Array]:
     """Return the same gradients as `batch_norm_backward`, one node of the graph at a time.
 
-    The graph of the forward pass, read backward: x reaches y on three paths, straight, through
-    the variance and through the mean. Arguments, results and errors: see `batch_norm_backward`.
+    The graph of the forward pass, read backward: x reaches y straight, through the variance and
+    through the mean, and where the paths meet their shares add. Arguments, results and errors:
+    see `batch_norm_backward`.
     Source: Ioffe and Szegedy (2015), section 3, the six derivatives.
     """
     dy = _like_y(dy, cache)

@@ -47,7 +47,8 @@ def live_figures(document):
 
 DOCUMENTS = sources(yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8")))
 PARAMETERS = {
-    "path": [f"{document}.html" for document in DOCUMENTS] + ["search.html?q=epsilon"],
+    "path": [f"{name}.html" for name in DOCUMENTS],
+    "path_or_search": [f"{name}.html" for name in DOCUMENTS] + ["search.html?q=epsilon"],
     "chapter": [name for name in DOCUMENTS if (ROOT / f"{name}.ipynb").exists()],
     "live": [(f"{name}.html", n) for name in DOCUMENTS for n in range(live_figures(name))],
     "theme": ["light", "dark"],
@@ -58,7 +59,9 @@ def pytest_generate_tests(metafunc):
     """Run a test once for each page, chapter, live figure or theme that it asks for."""
     for name, values in PARAMETERS.items():
         if name in metafunc.fixturenames:
-            ids = [value if isinstance(value, str) else "-".join(map(str, value)) for value in values]
+            ids = [
+                value if isinstance(value, str) else "-".join(map(str, value)) for value in values
+            ]
             metafunc.parametrize(name, values, ids=ids)
 
 

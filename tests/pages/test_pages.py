@@ -24,22 +24,30 @@ PROSE = """() => {
   return text;
 }"""
 
+# Open what is folded, and wait until it has faded in.
+OPEN_SOLUTIONS = """() => {
+  document.querySelectorAll("article details").forEach((details) => { details.open = true; });
+  return Promise.all(document.getAnimations().map((animation) => animation.finished));
+}"""
+
 # Elements that stick out of the window, unless they stand in a scroller that does not.
 OUTSIDE = """() => {
-  document.querySelectorAll("article details").forEach((details) => { details.open = true; });
   const fits = (element) => {
     const { left, right } = element.getBoundingClientRect();
     return left >= 0 && right <= window.innerWidth + 0.5;
   };
   const scrolls = (element) => /auto|scroll/.test(getComputedStyle(element).overflowX);
-  const inScroller = (element) => {
-    for (let e = element.parentElement; e; e = e.parentElement) if (scrolls(e) && fits(e)) return true;
-  };
+  const inScroller = ({ parentElement: parent }) =>
+    parent !== null && ((scrolls(parent) && fits(parent)) || inScroller(parent));
   return [...document.querySelectorAll("article *")]
     .filter((element) => element.checkVisibility() && !element.closest("mjx-assistive-mml"))
     .filter((element) => !fits(element) && !inScroller(element))
     .map((element) => element.outerHTML.slice(0, 120));
 }"""
+
+# Code without its colours takes axe a third of the time.
+PLAIN_CODE = """() =>
+  document.querySelectorAll("pre").forEach((pre) => pre.replaceChildren(pre.textContent))"""
 
 # axe looks for imports of stylesheets in the wrong folder; no rule that runs here needs them.
 AXE = "() => axe.run({ preload: false, resultTypes: ['violations'] })"
@@ -51,18 +59,22 @@ def parsed(file):
 
 
 def article(site, path):
-    return parsed(site / urlsplit(path).path).select_one("article")
+    return parsed(site / path).select_one("article")
 
 
-def test_opens_without_trouble_and_asks_nobody_else(visit, troubles, path):
-    visit(path)
+def test_opens_without_trouble_and_asks_nobody_else(visit, troubles, path_or_search):
+    visit(path_or_search)
     assert troubles == []
 
 
-def test_the_first_page_leads_to_the_book(visit, troubles):
-    page = visit("index.html")
+def test_the_site_opens_with_the_first_page(visit):
+    page = visit("index.html", javascript=False)
     page.wait_for_url("**/intro.html")
-    assert troubles == []
+
+
+def test_the_search_finds_words_of_the_book(visit):
+    page = visit("search.html?q=epsilon")
+    page.locator("#search-results li a").first.wait_for()
 
 
 def test_formulas_are_rendered(site, visit, path):
@@ -76,26 +88,27 @@ def test_formulas_are_rendered(site, visit, path):
     assert [mark for mark in (r"\(", r"\[", "$") if mark in prose] == []
 
 
-def test_fits_a_phone(visit, path, theme):
-    page = visit(path, width=375, theme=theme)
+def test_fits_a_phone(visit, path_or_search, theme):
+    page = visit(path_or_search, width=375, theme=theme)
+    page.evaluate(OPEN_SOLUTIONS)
     assert page.evaluate(OUTSIDE) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
-def test_is_accessible(visit, path, theme):
-    page = visit(path, theme=theme)
+@pytest.mark.parametrize("width", [1200, 375])
+def test_is_accessible(visit, path_or_search, theme, width):
+    page = visit(path_or_search, theme=theme, width=width)
     assert page.evaluate("document.documentElement.dataset.theme") == theme
-    page.evaluate("document.querySelectorAll('article details').forEach((e) => { e.open = true; })")
+    page.evaluate(OPEN_SOLUTIONS)
+    if width == 375:  # the colours of code are those of the wide page
+        page.evaluate(PLAIN_CODE)
     page.evaluate(AXE_SCRIPT)
-    for width in (1200, 375):
-        page.set_viewport_size({"width": width, "height": 800})
-        violations = page.evaluate(AXE)["violations"]
-        found = [(rule["id"], node["html"][:200]) for rule in violations for node in rule["nodes"]]
-        assert found == [], f"at {width} px"
+    violations = page.evaluate(AXE)["violations"]
+    found = [(rule["id"], node["html"][:200]) for rule in violations for node in rule["nodes"]]
+    assert found == []
 
 
 def test_links_resolve(site, path):
-    path = urlsplit(path).path
     page = parsed(site / path)
     broken = []
     for element in page.select("[href], [src]"):
@@ -103,7 +116,9 @@ def test_links_resolve(site, path):
         target = urlsplit(link)
         if target.scheme or not link.strip("#"):
             continue
-        file = posixpath.join(posixpath.dirname(path), unquote(target.path)) if target.path else path
+        file = (
+            posixpath.join(posixpath.dirname(path), unquote(target.path)) if target.path else path
+        )
         # A link that starts with a slash works on a server of its own, not in a folder of one.
         if link.startswith("/") or not (site / file).is_file():
             broken.append(link)
@@ -139,12 +154,6 @@ def test_a_chapter_opens_in_colab_and_downloads(site, chapter):
     download = page.select_one("a.btn-download-source-button")
     notebook = site / Path(chapter).parent / download["href"]
     assert json.loads(notebook.read_text("utf-8"))["nbformat"] == 4
-
-
-def test_the_search_finds_words_of_the_book(visit, troubles):
-    page = visit("search.html?q=epsilon")
-    page.locator("#search-results li a").first.wait_for()
-    assert troubles == []
 
 
 @pytest.mark.parametrize("javascript", [True, False], ids=["scripts", "no scripts"])

@@ -173,6 +173,15 @@ def test_the_cache_does_not_change_with_the_callers_arrays():
     np.testing.assert_array_equal(before[0], after[0])
 
 
+def test_the_cache_is_kept_in_float64():
+    x, gamma, beta, dy = make((64, 2), np.float32)
+    cache = F.batch_norm(x, gamma, beta)[1]
+    assert {a.dtype for a in cache} == {np.dtype(np.float64)}
+    wide = torch_batch_norm(*(a.astype(np.float64) for a in (x, gamma, beta, dy)))
+    # dx rounds once, at the end: a float32 z_hat in the cache would cost three times as much
+    np.testing.assert_allclose(F.batch_norm_backward(dy, cache)[0], wide[1], rtol=3e-7, atol=1e-8)
+
+
 def test_a_nan_stays_in_its_channel():
     x, gamma, beta, dy = make((8, 3))
     x[2, 1] = np.nan

@@ -3,7 +3,7 @@ figures.scale_and_shift = {
   label: "Gamma, beta and the activation function",
   // An activation counts as flat where its slope is below a tenth of the largest slope.
   activations: [
-    { name: "sigmoid", g: (v) => 1 / (1 + Math.exp(-v)), flat: [[-10, -3.6373], [3.6373, 10]],
+    { name: "sigmoid", g: (v) => 1 / (1 + Math.exp(-v)), flat: [[-10, -3.6369], [3.6369, 10]],
       range: [0, 1], ticks: [0, 0.5, 1] },
     { name: "tanh", g: Math.tanh, flat: [[-10, -1.8184], [1.8184, 10]],
       range: [-1, 1], ticks: [-1, 0, 1] },

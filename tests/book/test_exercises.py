@@ -1,0 +1,138 @@
+"""The self-checks: right answers pass, wrong ones get a hint and never the answer."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bnlib.book import exercises
+from bnlib.book.exercises import EXERCISES
+
+CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
+
+
+def normalize_images(x, axes=(0, 2, 3)):
+    mean, var = (f(x, axis=axes, keepdims=True) for f in (np.mean, np.var))
+    return (x - mean) / np.sqrt(var + 1e-5)
+
+
+def images_backward(dy, z_hat, gamma, std, axes=(0, 2, 3)):
+    dy_mean, along = ((dy * v).mean(axis=axes, keepdims=True) for v in (1, z_hat))
+    return (gamma / std)[:, None, None] * (dy - dy_mean - z_hat * along)
+
+
+def unbiased_backward(dy, z_hat, gamma, std, less=1):
+    along = (dy * z_hat).sum() / (len(dy) - less)
+    return gamma / std * (dy - dy.mean() - z_hat * along)
+
+
+RIGHT = {
+    "01.1": [-1.0, 1.0],
+    "01.2": normalize_images,
+    "01.3": lambda eps: 0.9 * np.sqrt(eps / (1 - 0.9**2)),
+    "02.1": 0.0,
+    "02.2": lambda z, mean, std: (std * np.sqrt(z.var() + 1e-5) / z.std(), mean),
+    "02.3": lambda z_hat, gamma: -gamma * np.median(z_hat),
+    "03.1": images_backward,
+    "03.2": 9,
+    "03.3": unbiased_backward,
+}
+WRONG = {  # the mistakes that the exercises are about
+    "01.1": [-0.5, 0.5],
+    "01.2": lambda x: normalize_images(x, axes=0),
+    "01.3": lambda eps: 0.81 * eps / 0.19,
+    "02.1": 5.0,
+    "02.2": lambda z, mean, std: (std, mean),
+    "02.3": lambda z_hat, gamma: -np.median(z_hat),
+    "03.1": lambda dy, z_hat, gamma, std: images_backward(dy, z_hat, gamma, std, axes=0),
+    "03.2": 3,
+    "03.3": lambda dy, z_hat, gamma, std: unbiased_backward(dy, z_hat, gamma, std, less=0),
+}
+
+
+def raises(*arguments):
+    raise RuntimeError("no idea")
+
+
+NONSENSE = {
+    "None": None,
+    "Ellipsis": ...,
+    "text": "one",
+    "NaN": float("nan"),
+    "another shape": np.zeros((2, 3)),
+    "ragged": [[1.0], [1.0, 2.0]],
+    "no function": object(),
+    "a function that raises": raises,
+    "a function that returns nothing": lambda *arguments: None,
+    "a function that returns another shape": lambda *arguments: np.zeros((1, 2, 3)),
+}
+
+
+def said(capsys, number, answer):
+    exercises.check(number, answer)
+    line, rest = capsys.readouterr().out.split("\n", 1)
+    assert rest == ""
+    return line
+
+
+def test_every_exercise_is_tested():
+    assert sorted(RIGHT) == sorted(WRONG) == sorted(EXERCISES)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_right_answer_passes(capsys, number):
+    assert said(capsys, number, RIGHT[number]) == f"Exercise {number}: correct."
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_mistake_gets_the_hint(capsys, number):
+    expected = f"Exercise {number}: not yet. Hint: {EXERCISES[number].hint}"
+    assert said(capsys, number, WRONG[number]) == expected
+
+
+@pytest.mark.parametrize("answer", NONSENSE.values(), ids=NONSENSE)
+@pytest.mark.parametrize("number", EXERCISES)
+def test_nonsense_gets_the_hint_too(capsys, number, answer):
+    line = said(capsys, number, answer)
+    assert line.startswith(f"Exercise {number}: not yet.")
+    assert line.endswith(f"Hint: {EXERCISES[number].hint}")
+
+
+def test_an_error_in_the_answer_is_reported(capsys):
+    assert "It stopped with RuntimeError: no idea." in said(capsys, "01.2", raises)
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_a_hint_does_not_give_the_answer(number):
+    if callable(answer := RIGHT[number]):
+        return
+    numbers = {abs(float(text)) for text in re.findall(r"\d+(?:\.\d+)?", EXERCISES[number].hint)}
+    assert not numbers & set(np.abs(np.atleast_1d(answer)))
+
+
+def test_the_unbiased_gradient_is_that_of_autograd():
+    rng = np.random.default_rng(0)
+    x, dy = torch.tensor(rng.normal(2, 3, 7), requires_grad=True), torch.tensor(rng.normal(size=7))
+    std = (x.var(correction=1) + 1e-5).sqrt()
+    z_hat = (x - x.mean()) / std
+    (expected,) = torch.autograd.grad(1.7 * z_hat, x, dy)
+    ours = unbiased_backward(dy.numpy(), z_hat.detach().numpy(), 1.7, std.item())
+    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_an_unknown_exercise_is_named_with_those_that_exist():
+    with pytest.raises(ValueError, match=r"expected one of 01\.1, .*, got '99\.9'"):
+        exercises.check("99.9", 1)
+
+
+def test_each_exercise_is_used_in_the_chapter_of_its_number_and_nowhere_else():
+    used = {}
+    for chapter in CHAPTERS:
+        cells = json.loads(chapter.read_text("utf-8"))["cells"]
+        code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+        for number in set(re.findall(r"""exercises\.check\(\s*["'](.+?)["']""", code)):
+            used.setdefault(number, []).append(chapter.name[:2])
+    assert used == {number: [number[:2]] for number in EXERCISES}

@@ -1,0 +1,222 @@
+"""The live figures without a browser: their numbers, their HTML, and the widget."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+import quickjs
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnlib.book import live, style
+
+FIGURES = sorted(file.stem for file in (live.HERE / "live_figures").glob("*.js"))
+
+
+def run(name="normalize"):
+    """Return a function that calls one of a figure's functions in JavaScript."""
+    engine = quickjs.Context()
+    engine.eval(live.script(name))
+
+    def call(function, *arguments):
+        arguments = ", ".join(json.dumps(argument) for argument in arguments)
+        return json.loads(engine.eval(f"JSON.stringify({function}({arguments}))"))
+
+    return call
+
+
+javascript = run()
+
+
+def assert_equal(ours, theirs):
+    """Compare two results, key by key; a sum that should be 0 may be off by rounding."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert_equal(ours[key], theirs[key])
+    else:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+class TestHistogram:
+    @given(
+        st.lists(st.floats(-9, 9), min_size=1, max_size=60),
+        st.floats(-5, 5),
+        st.floats(0.01, 9),
+        st.integers(1, 40),
+    )
+    def test_equals_numpy(self, values, low, width, bins):
+        edges = np.linspace(low, low + width, bins + 1)
+        for inputs in (values, edges.tolist(), np.nextafter(edges, np.inf).tolist()):
+            expected, _ = np.histogram(inputs, bins, (low, low + width))
+            assert javascript("histogram", inputs, low, low + width, bins) == expected.tolist()
+
+    def test_an_edge_that_a_division_misses_counts_as_in_numpy(self):
+        # 0.3 * 10 is 3, but the third edge of numpy.linspace(0, 1, 11) is a little above 0.3.
+        expected, _ = np.histogram([0.3], 10, (0, 1))
+        assert javascript("histogram", [0.3], 0, 1, 10) == expected.tolist()
+
+
+class TestMoments:
+    @pytest.mark.parametrize("size", [1, 2, 31, 500])
+    def test_equal_numpy(self, size):
+        values = np.random.default_rng(size).gamma(2, 3, size) - 40
+        assert_equal(
+            javascript("moments", values.tolist()), {"mean": values.mean(), "var": values.var()}
+        )
+
+    def test_skewness_equals_its_definition(self):
+        values = np.random.default_rng(0).gamma(2, 3, 100)
+        expected = np.mean((values - values.mean()) ** 3) / values.std() ** 3
+        assert_equal(javascript("skewness", values.tolist()), expected)
+        assert javascript("skewness", [-1, 0, 1]) == 0
+        assert javascript("skewness", [2, 2, 2]) == 0  # not NaN
+
+
+def draw_normalize(rng):
+    nodes = [{"name": f"node {i}", "z": rng.gamma(2, 3, 50).tolist()} for i in range(3)]
+    return {"nodes": nodes}, {
+        "node": int(rng.integers(3)),
+        "batch_size": int(2 ** rng.integers(1, 9)),  # up to more than there are
+        "eps": 10 ** rng.uniform(-8, 0),
+        "draw": int(rng.integers(100)),
+    }
+
+
+def draw_scale_and_shift(rng):
+    return {"z": rng.gamma(2, 3, 32).tolist()}, {
+        "gamma": rng.uniform(-4, 8),
+        "beta": rng.uniform(-6, 6),
+        "activation": int(rng.integers(3)),
+    }
+
+
+def draw_backward(rng):
+    data = {"z": rng.normal(3, 2, 8).tolist(), "dy": rng.normal(size=8).tolist()}
+    return data, {"example": int(rng.integers(8)), "by": rng.uniform(-4, 4)}
+
+
+DRAW = {
+    "normalize": draw_normalize,
+    "scale_and_shift": draw_scale_and_shift,
+    "backward": draw_backward,
+}
+
+
+def test_every_figure_is_tested(in_numpy):
+    assert sorted(DRAW) == sorted(in_numpy) == FIGURES
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_computes_what_numpy_computes(in_numpy, name):
+    call, rng = run(name), np.random.default_rng(0)
+    for _ in range(50):
+        data, params = DRAW[name](rng)
+        ours = call(f"figures.{name}.compute", data, params)
+        assert_equal(ours, in_numpy[name](data, **params))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_sentence_shows_no_number_that_is_none(name):
+    call, rng = run(name), np.random.default_rng(1)
+    for _ in range(50):
+        data, params = DRAW[name](rng)
+        result = call(f"figures.{name}.compute", data, params)
+        sentence = call(f"figures.{name}.status", result, params)
+        assert sentence.endswith(".")
+        assert not re.search("NaN|Infinity|undefined|null|[\u2212-]0[.]0+\\b", sentence)
+
+
+def test_an_unknown_figure_is_named_with_those_that_exist():
+    expected = f"expected one of {', '.join(FIGURES)}, got 'normalise'"
+    for function in (live.script, lambda name: live.fragment(name, {})):
+        with pytest.raises(ValueError, match=expected):
+            function("normalise")
+
+
+HOSTILE = {"nodes": [{"name": "\"a\" & 'b' <c> </script> &amp; \u2212 ẑ", "z": [1.5, -2.0]}]}
+PARAMS = {"node": 0, "batch_size": 2, "eps": 1e-5, "draw": 0}
+
+
+class Tags(html.parser.HTMLParser):
+    """Collects the tags of a document."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+class TestFragment:
+    fragment = live.fragment("normalize", HOSTILE, **PARAMS)
+
+    def test_is_the_same_each_time(self):
+        assert live.fragment("normalize", HOSTILE, **PARAMS) == self.fragment
+
+    def test_carries_its_state_through_html(self):
+        tags = Tags(self.fragment).found
+        assert [tag for tag, _ in tags] == ["style", "div", "p", "script"]
+        (state,) = (attributes["data-state"] for _, attributes in tags if "data-live" in attributes)
+        assert json.loads(state) == {"figure": "normalize", "data": HOSTILE, **PARAMS}
+
+    @pytest.mark.parametrize("name", FIGURES)
+    def test_fetches_nothing(self, name):
+        fragment = live.fragment(name, {})
+        assert fragment.count("http") == fragment.count("http://www.w3.org/2000/svg") == 1
+        assert not re.search(r"@import|url\(|\bsrc=|<link|import\(|fetch\(|[\"']//", fragment)
+
+    def test_has_the_colours_of_both_themes(self):
+        for light, dark in style.COLORS.values():
+            assert f": {light};" in self.fragment
+            assert f": {dark};" in self.fragment
+
+
+def test_show_displays_the_picture_and_then_the_figure(monkeypatch):
+    shown = []
+    monkeypatch.setattr(live, "display", shown.append)
+    picture = object()
+    live.show("normalize", picture, HOSTILE, **PARAMS)
+    assert shown[0] is picture
+    assert shown[1].data == live.fragment("normalize", HOSTILE, **PARAMS)
+    assert len(shown) == 2
+
+
+def test_show_displays_nothing_if_there_is_no_such_figure(monkeypatch):
+    shown = []
+    monkeypatch.setattr(live, "display", shown.append)
+    with pytest.raises(ValueError, match="normalise"):
+        live.show("normalise", object(), {})
+    assert shown == []
+
+
+class TestWidget:
+    @pytest.fixture
+    def widget(self):
+        return live.widget("normalize", HOSTILE, **PARAMS)
+
+    def test_links_every_parameter_to_python(self, widget):
+        ours = {"figure": "normalize", "data": HOSTILE, **PARAMS}
+        assert {name: getattr(widget, name) for name in ours} == ours
+        assert set(ours) <= set(widget.keys)  # what is synchronised with the page
+        seen = []
+        widget.observe(lambda change: seen.append(change["new"]), "batch_size")
+        widget.set_state({"batch_size": 64})  # as the slider does
+        assert (widget.batch_size, seen) == (64, [64])
+
+    def test_two_widgets_move_apart(self, widget):
+        other = live.widget("normalize", HOSTILE, **PARAMS)
+        other.eps = 1.0
+        assert widget.eps == 1e-5
+
+    def test_is_the_module_of_the_page(self, widget):
+        code, export = widget._esm.split("export default")
+        assert code == live.script("normalize")
+        assert export.strip() == "{ render };"
+        assert quickjs.Context().eval(f"{code}; typeof render") == "function"
+        assert widget._css == live.stylesheet()

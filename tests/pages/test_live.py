@@ -1,0 +1,129 @@
+"""The live figures in a browser: the keyboard moves them, and their numbers are NumPy's."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+FIGURES = sorted(file.stem for file in (ROOT / "bnlib/book/live_figures").glob("*.js"))
+
+# What to do with each control, by its accessible name, and the parameters that it leads to.
+STEPS = {
+    "normalize": [
+        ("slider", "batch size m", "Home ArrowRight ArrowRight ArrowRight", {"batch_size": 16}),
+        ("slider", "epsilon", "End ArrowLeft", {"eps": 10**-0.5}),
+        ("combobox", "node", 1, {"node": 1}),
+        ("button", "Draw another batch", "Enter Space", {"draw": 2}),
+        ("slider", "epsilon", "Home", {"eps": 1e-8}),
+        ("slider", "batch size m", "End", {"batch_size": 512}),
+    ],
+    "scale_and_shift": [
+        ("slider", "gamma", "Home ArrowRight", {"gamma": -3.9}),
+        ("slider", "beta", "End ArrowLeft ArrowLeft", {"beta": 5.8}),
+        ("combobox", "activation function", 1, {"activation": 1}),
+        ("slider", "gamma", "End", {"gamma": 8.0}),
+        ("combobox", "activation function", 2, {"activation": 2}),
+        (
+            "button",
+            "Undo",
+            "Enter",
+            lambda data: {
+                "gamma": np.sqrt(np.var(data["z"]) + 1e-5),
+                "beta": np.mean(data["z"]),
+            },
+        ),
+    ],
+    "backward": [
+        ("slider", "move its z by", "End", {"by": 4.0}),
+        ("combobox", "example to move", 0, {"example": 0}),
+        ("slider", "move its z by", "Home ArrowRight", {"by": -3.9}),
+    ],
+}
+
+
+def said_by_normalize(result, params):
+    numbers = [params["batch_size"]]
+    for part in ("before", "after"):
+        numbers += [result[part][key] for key in ("mean", "var", "skewness")]
+    return numbers
+
+
+def said_by_scale_and_shift(result, params):
+    y = result["moments"]
+    return [y["mean"], np.sqrt(y["var"]), 100 * result["flat"]]
+
+
+def said_by_backward(result, params):
+    moved = [params["example"] + 1, params["by"]]
+    return [*moved, result["others"], result["sum"], result["along"]]
+
+
+SAID = {
+    "normalize": said_by_normalize,
+    "scale_and_shift": said_by_scale_and_shift,
+    "backward": said_by_backward,
+}
+
+
+def assert_says(status, expected):
+    """Compare the numbers of a sentence, each to the digits that it shows."""
+    shown = re.findall(r"-?\d+(?:\.\d+)?", status.replace("\u2212", "-"))
+    assert len(shown) == len(expected), status
+    for text, number in zip(shown, expected, strict=True):
+        digits = len(text.partition(".")[2])
+        assert abs(float(text) - number) <= 0.501 * 10**-digits, f"{number} in: {status}"
+
+
+def test_every_figure_has_a_test_and_a_page(site):
+    assert sorted(STEPS) == sorted(SAID) == FIGURES
+    pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
+    shown = {name for page in pages for name in re.findall(r'data-live="(\w+)"', page.read_text())}
+    assert sorted(shown) == FIGURES
+
+
+def test_the_keyboard_moves_the_numbers(visit, troubles, in_numpy, live):
+    path, n = live
+    page = visit(path)
+    root, box = page.locator("[data-live]").nth(n), page.locator(".live").nth(n)
+    state = json.loads(root.get_attribute("data-state"))
+    name, data = state.pop("figure"), state.pop("data")
+    params = {key: state[key] for key in state if key != "undo"}
+
+    def check():
+        expected = SAID[name](in_numpy[name](data, **params), params)
+        assert_says(box.get_by_role("status").inner_text(), expected)
+
+    check()
+    for role, label, keys, change in STEPS[name]:
+        picture = box.locator(".panels").inner_html()
+        control = box.get_by_role(role, name=label)
+        control.focus()
+        if role == "combobox":  # how its keys work is the system's affair
+            control.select_option(index=keys)
+        else:
+            for key in keys.split():
+                page.keyboard.press(key)
+        params |= change(data) if callable(change) else change
+        check()
+        assert box.locator(".panels").inner_html() != picture, f"{label} moved nothing"
+    assert troubles == []
+
+
+def test_tab_reaches_every_control_in_order(visit, live):
+    path, n = live
+    page = visit(path)
+    controls = page.locator(".live").nth(n).locator("input, select, button")
+    controls.first.focus()
+    for i in range(controls.count()):
+        assert controls.nth(i).evaluate("(control) => control === document.activeElement")
+        page.keyboard.press("Tab")
+
+
+def test_a_slider_says_its_value_in_words(visit, live):
+    path, n = live
+    page = visit(path)
+    for slider in page.locator(".live").nth(n).get_by_role("slider").all():
+        label = slider.locator("xpath=..")
+        assert slider.get_attribute("aria-valuetext") == label.locator("b").inner_text()
