@@ -180,6 +180,8 @@ function render({ model, el }) {
   box.setAttribute("role", "group");
   box.setAttribute("aria-label", figure.label);
   el.classList.add("live");
+  // JupyterLab, or a theme that turns pages, would take the arrow keys for itself.
+  el.addEventListener("keydown", (event) => event.key.length > 1 && event.stopPropagation());
   el.replaceChildren(panels, status, box);
   const names = figure.controls.map((spec) => spec.name);
   const update = () => {

@@ -169,6 +169,95 @@ def batch_norm_backward_by_graph(dy: ArrayLike, cache: Cache) -> tuple[Array, Ar
     return dx.astype(dy.dtype), dgamma, dbeta
 
 
+def batch_norm_inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike,
+    beta: ArrayLike,
+    eps: float = 1e-5,
+) -> Array:
+    """Normalize with given statistics, then scale and shift: a fixed straight line per channel.
+
+    x: floats, shape (N, C) or (N, C, *spatial), of any N. mean, var, gamma, beta: shape (C,), var
+    at least 0. eps: at least 0, finite; 0 is allowed, as in PyTorch, since var may be above 0
+    everywhere. Returns y, shaped and typed as x: each example's y depends on that example alone.
+
+    Raises TypeError if x does not hold floats; ValueError if it has fewer than two dimensions,
+    a vector is not of shape (C,), or eps is below 0 or not finite.
+    Source: Ioffe and Szegedy (2015), Algorithm 2, line 11.
+    """
+    x = _floats(x, "x")
+    mean = _channel_vector(mean, "mean", x)
+    std = np.sqrt(_channel_vector(var, "var", x) + _not_negative(eps))
+    gamma = _channel_vector(gamma, "gamma", x)
+    beta = _channel_vector(beta, "beta", x)
+    centered = x - _per_channel(mean, x.ndim)
+    y = _per_channel(gamma / std, x.ndim) * centered + _per_channel(beta, x.ndim)
+    return y.astype(x.dtype)
+
+
+def batch_norm_inference_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike,
+    eps: float = 1e-5,
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of the loss for x, gamma and beta when the statistics are given.
+
+    dy: the gradient for y, floats, shaped as y. The others: as in `batch_norm_inference`.
+    Returns dx, shaped and typed as dy, and dgamma and dbeta, float64 of shape (C,).
+
+    dx = gamma / std * dy: the mean and the variance do not move with x, so no other path is left.
+
+    Raises what `batch_norm_inference` raises, and ValueError if dy is not shaped as x.
+    Source: the derivative of Ioffe and Szegedy (2015), Algorithm 2, line 11.
+    """
+    x = _floats(x, "x")
+    dy = _gradient(dy, x.shape)
+    mean = _channel_vector(mean, "mean", x)
+    std = np.sqrt(_channel_vector(var, "var", x) + _not_negative(eps))
+    gamma = _channel_vector(gamma, "gamma", x)
+    z_hat = (x - _per_channel(mean, x.ndim)) / _per_channel(std, x.ndim)
+    axes = _batch_axes(x)
+    dx = _per_channel(gamma / std, x.ndim) * dy
+    return dx.astype(dy.dtype), (dy * z_hat).sum(axis=axes), dy.sum(axis=axes, dtype=np.float64)
+
+
+def update_running(
+    running_mean: ArrayLike, running_var: ArrayLike, x: ArrayLike, momentum: float = 0.1
+) -> tuple[Array, Array]:
+    """Return the running mean and variance, moved toward the statistics of a batch.
+
+    running = (1 - momentum) * running + momentum * batch. The batch's variance is the unbiased
+    one, divided by m - 1: it estimates the variance of all data, of which the batch is a sample.
+
+    running_mean, running_var: shape (C,). x: floats, shape (N, C) or (N, C, *spatial).
+    momentum: 0 to 1, the weight of the batch. Returns two new arrays, each typed as its old one
+    (floats in place of integers). An empty batch moves nothing.
+
+    Raises TypeError if x does not hold floats; ValueError if it has fewer than two dimensions or
+    exactly one value per channel, a vector is not of shape (C,), or momentum is outside 0 to 1.
+    Source: PyTorch, torch.nn.BatchNorm1d (Keras and ONNX call 1 - momentum the momentum).
+    """
+    x = _floats(x, "x")
+    new_mean = _channel_vector(running_mean, "running_mean", x)
+    new_var = _channel_vector(running_var, "running_var", x)
+    momentum, m = _fraction(momentum), _values_per_channel(x)
+    if m == 1:
+        raise ValueError(
+            f"expected more than 1 value per channel for an unbiased variance, got input of shape "
+            f"{x.shape}; it divides by m - 1, here 0: use a larger batch"
+        )
+    if x.size:
+        mean, var = moments(x)
+        new_mean = (1 - momentum) * new_mean + momentum * mean
+        new_var = (1 - momentum) * new_var + momentum * var * m / (m - 1)
+    return new_mean.astype(_float_type(running_mean)), new_var.astype(_float_type(running_var))
+
+
 def _batch_axes(x: Array) -> tuple[int, ...]:
     """Return every axis but the channel's."""
     return (0, *range(2, x.ndim))
@@ -209,6 +298,10 @@ def _channel_vector(vector: ArrayLike, name: str, x: Array) -> Array:
     return vector
 
 
+def _float_type(vector: ArrayLike) -> np.dtype[np.floating]:
+    return np.result_type(np.asarray(vector), np.float16)  # float16 is below every other float
+
+
 def _positive(eps: float) -> float:
     if not (np.isfinite(eps) and eps > 0):
         raise ValueError(
@@ -218,11 +311,32 @@ def _positive(eps: float) -> float:
     return eps
 
 
-def _like_y(dy: ArrayLike, cache: Cache) -> Array:
-    dy = _floats(dy, "dy")
-    if dy.shape != cache.z_hat.shape:
+def _not_negative(eps: float) -> float:
+    if not (np.isfinite(eps) and eps >= 0):
         raise ValueError(
-            f"expected dy shaped as the output of the forward pass, {cache.z_hat.shape}, "
-            f"got {dy.shape}"
+            f"expected eps at least 0 and finite, got {eps}; it is added to a variance "
+            "(PyTorch uses 1e-5)"
+        )
+    return eps
+
+
+def _fraction(momentum: float) -> float:
+    if not 0 <= momentum <= 1:
+        raise ValueError(
+            f"expected momentum from 0 to 1, got {momentum}; it is the weight of the new batch "
+            "(PyTorch uses 0.1)"
+        )
+    return momentum
+
+
+def _like_y(dy: ArrayLike, cache: Cache) -> Array:
+    return _gradient(dy, cache.z_hat.shape)
+
+
+def _gradient(dy: ArrayLike, shape: tuple[int, ...]) -> Array:
+    dy = _floats(dy, "dy")
+    if dy.shape != shape:
+        raise ValueError(
+            f"expected dy shaped as the output of the forward pass, {shape}, got {dy.shape}"
         )
     return dy

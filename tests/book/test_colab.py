@@ -11,7 +11,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +27,17 @@ def wheel(tmp_path_factory):
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ROOT]
     subprocess.run(build, check=True)
     return next(folder.glob("*.whl"))
+
+
+def name_kernel(python, folder):
+    """Describe a kernel of that Python, by the name of "colab", in a folder of Jupyter's."""
+    spec = {
+        "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Colab",
+        "language": "python",
+    }
+    (folder / "kernels/colab").mkdir(parents=True)
+    (folder / "kernels/colab/kernel.json").write_text(json.dumps(spec))
 
 
 @pytest.fixture
@@ -47,27 +57,14 @@ def colab(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # what is not here cannot be had
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    return python
-
-
-def new_kernel(python, tmp_path, monkeypatch):
-    """Return a manager for a kernel of that Python."""
-    spec = {
-        "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "display_name": "Colab",
-        "language": "python",
-    }
-    folder = tmp_path / "jupyter/kernels/colab"
-    folder.mkdir(parents=True)
-    (folder / "kernel.json").write_text(json.dumps(spec))
+    name_kernel(python, tmp_path / "jupyter")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    # Sockets in a file: two kernels that start at once may be given the same port.
-    return KernelManager(kernel_name="colab", transport="ipc")
+    return python
 
 
 @pytest.mark.skipif(os.name == "nt", reason="makes its environment of symbolic links")
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
-def test_a_chapter_needs_nothing_but_the_library(wheel, colab, chapter, tmp_path, monkeypatch):
+def test_a_chapter_needs_nothing_but_the_library(wheel, colab, chapter, tmp_path):
     absent = "import importlib.util, sys; sys.exit(importlib.util.find_spec('bnlib') is not None)"
     subprocess.run([colab, "-c", absent], check=True, cwd=tmp_path)
 
@@ -80,8 +77,7 @@ def test_a_chapter_needs_nothing_but_the_library(wheel, colab, chapter, tmp_path
 
     folder = tmp_path / "content"
     folder.mkdir()
-    kernel = new_kernel(colab, tmp_path, monkeypatch)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, km=kernel, timeout=120, resources=resources).execute()
+    NotebookClient(notebook, kernel_name="colab", timeout=120, resources=resources).execute()
     assert Path(where.outputs[0].text.strip()).is_relative_to(tmp_path / "venv")
     assert list(folder.iterdir()) == []

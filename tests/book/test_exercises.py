@@ -14,9 +14,9 @@ from bnlib.book.exercises import EXERCISES
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
 
 
-def normalize_images(x, axes=(0, 2, 3)):
+def normalize_images(x, eps=1e-5, axes=(0, 2, 3)):
     mean, var = (f(x, axis=axes, keepdims=True) for f in (np.mean, np.var))
-    return (x - mean) / np.sqrt(var + 1e-5)
+    return (x - mean) / np.sqrt(var + eps)
 
 
 def images_backward(dy, z_hat, gamma, std, axes=(0, 2, 3)):
@@ -34,7 +34,7 @@ RIGHT = {
     "01.2": normalize_images,
     "01.3": lambda eps: 0.9 * np.sqrt(eps / (1 - 0.9**2)),
     "02.1": 0.0,
-    "02.2": lambda z, mean, std: (std * np.sqrt(z.var() + 1e-5) / z.std(), mean),
+    "02.2": lambda z, mean, std, eps: (std * np.sqrt(z.var() + eps) / z.std(), mean),
     "02.3": lambda z_hat, gamma: -gamma * np.median(z_hat),
     "03.1": images_backward,
     "03.2": 9,
@@ -42,10 +42,10 @@ RIGHT = {
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
-    "01.2": lambda x: normalize_images(x, axes=0),
+    "01.2": lambda x, eps=1e-5: normalize_images(x, eps, axes=0),
     "01.3": lambda eps: 0.81 * eps / 0.19,
     "02.1": 5.0,
-    "02.2": lambda z, mean, std: (std, mean),
+    "02.2": lambda z, mean, std, eps: (std, mean),
     "02.3": lambda z_hat, gamma: -np.median(z_hat),
     "03.1": lambda dy, z_hat, gamma, std: images_backward(dy, z_hat, gamma, std, axes=0),
     "03.2": 3,
