@@ -100,6 +100,6 @@ pins:
 	  _build/pins/bin/pip freeze | sed 's/+cpu$$//' | grep -v -E '^(nvidia|cuda|triton)'; } > requirements.new && mv requirements.new requirements.txt
 
 clean:
-	@rm -rf _build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -rf _build .pytest_cache .ruff_cache chapters/.ruff_cache .mypy_cache .hypothesis
 	@find bnlib tests tools chapters -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 	@if test -e .venv/.made-by-make; then rm -rf .venv; elif test -d .venv; then echo "left alone: .venv, which make did not create"; fi
