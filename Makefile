@@ -20,7 +20,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION = 1
 FILES = $(shell find $(1) -type f ! -path '*/__pycache__/*' ! -path '*/.ipynb_checkpoints/*' 2>/dev/null)
 LIBRARY := $(call FILES,bnlib) pyproject.toml
 NOTEBOOKS := $(wildcard chapters/*.ipynb)
-PAGES := $(NOTEBOOKS) $(call FILES,back _static) intro.md references.bib _config.yml _toc.yml
+PAGES := $(NOTEBOOKS) $(call FILES,back _static _templates) intro.md references.bib _config.yml _toc.yml
 TOOLS := $(call FILES,tools)
 TESTS := $(call FILES,tests)
 HOSTING := $(call FILES,.github) .ci/run
@@ -86,7 +86,7 @@ _build/.notebooks: $(INSTALLED) $(LIBRARY) $(NOTEBOOKS)
 	@touch $@
 
 _build/.pages: _build/.book $(TESTS)
-	$(BIN)/python -m pytest tests/pages
+	$(BIN)/python -m pytest tests/pages -n 2
 	@touch $@
 
 # Write the repository's address where it stands: make repository URL=https://github.com/you/batchnorm-book

@@ -27,7 +27,10 @@ class Live(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the picture, the live figure that takes its place, and the caption."""
-        picture, fragment = getattr(front, self.arguments[0])()
+        make = getattr(front, self.arguments[0], None)
+        if make is None or "alt" not in self.options:
+            raise self.error("live: expected a function of bnlib.book.front and the option :alt:")
+        picture, fragment = make()
         png = io.BytesIO()
         picture.savefig(png, dpi=224)
         source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
