@@ -3,7 +3,7 @@
     python tools/repository.py https://github.com/you/batchnorm-book
 
 The address stands in _config.yml (repository.url), from where this script takes the old one,
-and in the set-up cell of every notebook, which installs the library in Colab. README.md,
+and in the set-up cell of every notebook, which installs the library in Colab. README.md, intro.md,
 CITATION.cff and pyproject.toml name it too.
 """
 
@@ -23,7 +23,7 @@ ADDRESS = re.compile(r"https://[\w.-]+(:\d+)?(/[\w.~-]+)+", re.ASCII)
 REPOSITORY_BLOCK = re.compile(r"^repository:.*(?:\n(?:[ \t\r#].*)?)*", re.MULTILINE)
 URL_LINE = re.compile(r"^[ \t]+url:[ \t]*[\"']?(?P<url>[^\s\"'#]+)", re.MULTILINE)
 INSTALLED_FROM = re.compile(r"git\+https://[^\s\"']+")
-ALSO_IN = ("README.md", "CITATION.cff", "pyproject.toml")
+ALSO_IN = ("README.md", "intro.md", "CITATION.cff", "pyproject.toml")
 
 
 class BadInput(Exception):
