@@ -108,7 +108,7 @@ def fit(
         raise ValueError("expected an optimizer of this model; make one with SGD(model, ...)")
     model.train()
     per_epoch, losses = n // batch_size, []
-    for step in _with_bar(range(epochs * per_epoch)):
+    for step in progress(range(epochs * per_epoch), "batch"):
         start = step % per_epoch * batch_size
         if start == 0:
             order = rng.permutation(n)
@@ -120,12 +120,17 @@ def fit(
     return losses
 
 
-def _with_bar(steps: Iterable[int]) -> Iterable[int]:
+def progress(steps: Iterable[int], unit: str) -> Iterable[int]:
+    """Return the same steps, behind a progress bar where someone can see it.
+
+    unit: what one step is, in a word. Without tqdm, or where nobody watches, there is no bar, and
+    nothing of a bar stays in a notebook. Source: tqdm.
+    """
     try:
         from tqdm import tqdm
     except ImportError:
         return steps
-    bar: Iterable[int] = tqdm(steps, unit="batch", leave=False, disable=not _is_watched())
+    bar: Iterable[int] = tqdm(steps, unit=unit, leave=False, disable=not _is_watched())
     return bar
 
 

@@ -330,7 +330,7 @@ class TestProgressBar:
 
     def test_a_terminal_gets_a_bar_that_is_cleared(self, monkeypatch, capsys):
         monkeypatch.setattr(training, "_is_watched", lambda: True)
-        steps = training._with_bar(range(3))
+        steps = training.progress(range(3), "batch")
         assert list(steps) == [0, 1, 2]
         bar = capsys.readouterr().err
         assert "0/3" in bar
