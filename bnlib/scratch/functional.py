@@ -227,35 +227,46 @@ def batch_norm_inference_backward(
 
 
 def update_running(
-    running_mean: ArrayLike, running_var: ArrayLike, x: ArrayLike, momentum: float = 0.1
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    count: int,
+    momentum: float = 0.1,
 ) -> tuple[Array, Array]:
     """Return the running mean and variance, moved toward the statistics of a batch.
 
-    running = (1 - momentum) * running + momentum * batch. The batch's variance is the unbiased
-    one, divided by m - 1: it estimates the variance of all data, of which the batch is a sample.
+    running = (1 - momentum) * running + momentum * batch. The batch's variance comes in biased, as
+    `moments` returns it, and goes in unbiased, times count / (count - 1): it estimates the variance
+    of all data, of which the batch is a sample.
 
-    running_mean, running_var: shape (C,). x: floats, shape (N, C) or (N, C, *spatial).
-    momentum: 0 to 1, the weight of the batch. Returns two new arrays, each typed as its old one
-    (floats in place of integers). An empty batch moves nothing.
+    running_mean, running_var, mean, var: shape (C,). count: how many values of a channel the batch
+    has, N times the spatial sizes; at 0, an empty batch, nothing moves. momentum: 0 to 1, the
+    weight of the batch. Returns two new arrays, each typed as its old one (floats in place of
+    integers).
 
-    Raises TypeError if x does not hold floats; ValueError if it has fewer than two dimensions or
-    exactly one value per channel, a vector is not of shape (C,), or momentum is outside 0 to 1.
+    Raises ValueError if the four are not vectors of one length, count is 1 or negative, or momentum
+    is outside 0 to 1.
     Source: PyTorch, torch.nn.BatchNorm1d (Keras and ONNX call 1 - momentum the momentum).
     """
-    x = _floats(x, "x")
-    new_mean = _channel_vector(running_mean, "running_mean", x)
-    new_var = _channel_vector(running_var, "running_var", x)
-    momentum, m = _fraction(momentum), _values_per_channel(x)
-    if m == 1:
+    vectors = [np.asarray(v) for v in (running_mean, running_var, mean, var)]
+    if len({v.shape for v in vectors}) > 1 or vectors[0].ndim != 1:
+        shapes = ", ".join(str(v.shape) for v in vectors)
         raise ValueError(
-            f"expected more than 1 value per channel for an unbiased variance, got input of shape "
-            f"{x.shape}; it divides by m - 1, here 0: use a larger batch"
+            f"expected running_mean, running_var, mean and var of one shape (C,), got {shapes}"
         )
-    if x.size:
-        mean, var = moments(x)
-        new_mean = (1 - momentum) * new_mean + momentum * mean
-        new_var = (1 - momentum) * new_var + momentum * var * m / (m - 1)
-    return new_mean.astype(_float_type(running_mean)), new_var.astype(_float_type(running_var))
+    if count == 1 or count < 0:
+        raise ValueError(
+            f"expected more than 1 value per channel for an unbiased variance, got count {count}; "
+            "it divides by count - 1: use a larger batch"
+        )
+    momentum = _fraction(momentum)
+    old_mean, old_var, mean, var = (v.astype(np.float64) for v in vectors)
+    if count:
+        unbiased = var * (count / (count - 1))
+        old_mean = (1 - momentum) * old_mean + momentum * mean
+        old_var = (1 - momentum) * old_var + momentum * unbiased
+    return old_mean.astype(_float_type(running_mean)), old_var.astype(_float_type(running_var))
 
 
 def _batch_axes(x: Array) -> tuple[int, ...]:

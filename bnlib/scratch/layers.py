@@ -104,7 +104,8 @@ class Linear(Layer):
     """Multiply by a weight and add a bias: y = x @ weight.T + bias.
 
     weight: shape (out_features, in_features), bias: shape (out_features,), both drawn uniformly
-    from ±1/sqrt(in_features) with the NumPy Generator rng. x: floats, shape (N, in_features).
+    from ±1/sqrt(in_features) with the NumPy Generator rng. bias=False leaves the bias out; a batch
+    norm behind the layer subtracts it again. x: floats, shape (N, in_features).
 
     Raises ValueError for another shape of x or no features, TypeError if x does not hold floats.
     Source: PyTorch, torch.nn.Linear and its default initialisation.
@@ -114,6 +115,7 @@ class Linear(Layer):
         self,
         in_features: int,
         out_features: int,
+        bias: bool = True,
         dtype: DTypeLike = np.float32,
         *,
         rng: np.random.Generator,
@@ -122,7 +124,7 @@ class Linear(Layer):
         shape = _count(out_features, "out_features"), _count(in_features, "in_features")
         bound, dtype = in_features**-0.5, _float_type(dtype)
         self.weight = rng.uniform(-bound, bound, shape).astype(dtype)
-        self.bias = rng.uniform(-bound, bound, out_features).astype(dtype)
+        self.bias = rng.uniform(-bound, bound, out_features).astype(dtype) if bias else None
 
     def forward(self, x: ArrayLike) -> Array:
         """Return x @ weight.T + bias."""
@@ -133,14 +135,15 @@ class Linear(Layer):
                 "x.reshape(len(x), -1)"
             )
         self._kept = x.copy()  # the caller may write to x before backward
-        return np.asarray(x @ self.weight.T + self.bias)
+        y = x @ self.weight.T
+        return np.asarray(y if self.bias is None else y + self.bias)
 
     def backward(self, dy: ArrayLike) -> Array:
         """Return dx = dy @ weight; the weight's gradient is dy.T @ x, the bias's the sum of dy."""
         x = self._from_forward()
-        dy = F._gradient(dy, (len(x), len(self.bias)))
+        dy = F._gradient(dy, (len(x), len(self.weight)))
         grads = {"weight": dy.T @ x, "bias": dy.sum(axis=0)}
-        self.grads = {name: grad.astype(self.weight.dtype) for name, grad in grads.items()}
+        self.grads = {name: grads[name].astype(p.dtype) for name, p in self.parameters().items()}
         return np.asarray(dy @ self.weight)
 
 
@@ -276,7 +279,9 @@ class BatchNorm(Layer):
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is not None and var is not None and counter is not None:
             momentum = 1 / (int(counter) + 1) if self.momentum is None else self.momentum
-            mean[...], var[...] = F.update_running(mean, var, x, momentum)
+            if x.size:  # an empty batch has no statistics, and is counted all the same
+                count = x.size // self.num_features
+                mean[...], var[...] = F.update_running(mean, var, *F.moments(x), count, momentum)
             counter += 1
 
 

@@ -272,10 +272,10 @@ def assert_close_statistics(ours, theirs):
 def network(dtype=np.float64, seed=0, activation=ReLU):
     rng = np.random.default_rng(seed)
     return Sequential(
-        Linear(6, 5, dtype, rng=rng),
+        Linear(6, 5, dtype=dtype, rng=rng),
         BatchNorm(5, dtype=dtype),
         activation(),
-        Sequential(Linear(5, 4, dtype, rng=rng), BatchNorm(4, momentum=None, dtype=dtype)),
+        Sequential(Linear(5, 4, dtype=dtype, rng=rng), BatchNorm(4, momentum=None, dtype=dtype)),
         Sigmoid(),
     )
 
@@ -294,9 +294,10 @@ def torch_network(dtype=torch.float64, activation=torch.nn.ReLU):
 class TestOtherLayers:
     @pytest.mark.parametrize("dtype", [np.float64, np.float32])
     @pytest.mark.parametrize("n", [0, 1, 7])
-    def test_linear_matches_pytorch(self, n, dtype):
-        ours = Linear(6, 4, dtype, rng=np.random.default_rng(0))
-        theirs = torch.nn.Linear(6, 4, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_linear_matches_pytorch(self, bias, n, dtype):
+        ours = Linear(6, 4, bias, dtype, rng=np.random.default_rng(0))
+        theirs = torch.nn.Linear(6, 4, bias, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
         theirs.load_state_dict(to_torch(ours.state_dict()))
         run(ours, theirs, make((n, 6), dtype)[0], make((n, 4), dtype)[1], TOLERANCE[dtype])
 
@@ -355,7 +356,7 @@ class TestOtherLayers:
         assert list(ours.parameters()) == [name for name, _ in theirs.named_parameters()]
 
     def test_gradients_are_replaced_not_added(self):
-        layer = Linear(6, 4, np.float64, rng=np.random.default_rng(0))
+        layer = Linear(6, 4, dtype=np.float64, rng=np.random.default_rng(0))
         x, dy = make((5, 6))[0], make((5, 4))[1]
         for _ in range(2):
             layer(x)
@@ -364,7 +365,7 @@ class TestOtherLayers:
 
 
 LAYERS = {
-    "Linear": lambda: Linear(3, 4, np.float64, rng=np.random.default_rng(0)),
+    "Linear": lambda: Linear(3, 4, dtype=np.float64, rng=np.random.default_rng(0)),
     "ReLU": ReLU,
     "Sigmoid": Sigmoid,
     "BatchNorm": lambda: pair()[0],
@@ -540,7 +541,7 @@ def test_a_backward_that_does_not_fit_is_refused(name):
         (lambda: BatchNorm(3, dtype=np.int64), TypeError, "a float type .* got int64"),
         (lambda: Linear(0, 3, rng=RNG), ValueError, "in_features to be 1 or more"),
         (lambda: Linear(3, 0, rng=RNG), ValueError, "out_features to be 1 or more"),
-        (lambda: Linear(3, 3, int, rng=RNG), TypeError, "a float type"),
+        (lambda: Linear(3, 3, dtype=int, rng=RNG), TypeError, "a float type"),
         (lambda: Linear(5, 2, rng=RNG)(X), ValueError, r"\(N, 5\), got \(4, 3\).*reshape"),
         (lambda: Linear(3, 2, rng=RNG)(X[:, :, None]), ValueError, r"\(N, 3\), got \(4, 3, 1\)"),
         (lambda: Linear(3, 2, rng=RNG)(X.astype(int)), TypeError, "x to hold floats"),
@@ -552,11 +553,12 @@ def test_a_backward_that_does_not_fit_is_refused(name):
         (lambda: Sequential(*[ReLU()] * 2), ValueError, "each layer once"),
         (lambda: Layer()(X), NotImplementedError, "^$"),
         (lambda: Layer().backward(X), NotImplementedError, "^$"),
-        (lambda: F.update_running(X[0], X[0], X[:1]), ValueError, "unbiased variance.*m - 1"),
-        (lambda: F.update_running(X[0], X[0], X, 1.5), ValueError, "momentum from 0 to 1"),
-        (lambda: F.update_running(X[0, :2], X[0], X), ValueError, "running_mean of shape"),
-        (lambda: F.update_running(X[0], X[0, :2], X), ValueError, "running_var of shape"),
-        (lambda: F.update_running(X[0], X[0], X.astype(int)), TypeError, "x to hold floats"),
+        (lambda: F.update_running(*X, 1), ValueError, "unbiased variance.*count - 1"),
+        (lambda: F.update_running(*X, -4), ValueError, "got count -4"),
+        (lambda: F.update_running(*X, 4, 1.5), ValueError, "momentum from 0 to 1"),
+        (lambda: F.update_running(X[0, :2], *X[1:], 4), ValueError, r"got \(2,\), \(3,\)"),
+        (lambda: F.update_running(*X[:3], X[0, :2], 4), ValueError, r"\(3,\), \(2,\)$"),
+        (lambda: F.update_running(X, X, X, X, 4), ValueError, r"one shape \(C,\), got \(4, 3\)"),
         (lambda: F.batch_norm_inference(X, *X[:4], eps=-1), ValueError, "eps at least 0"),
         (lambda: F.batch_norm_inference(X, X[0, :2], *X[:3]), ValueError, "mean of shape"),
         (lambda: F.batch_norm_inference(X, *X[:3], 0.0), ValueError, "beta of shape"),
@@ -627,19 +629,22 @@ class TestFunctions:
         torch.nn.functional.batch_norm(
             torch.from_numpy(x.astype(np.float64)), *expected, training=True, momentum=0.3
         )
-        ours = F.update_running(mean, var, x, 0.3)
+        ours = F.update_running(mean, var, *F.moments(x), x.size // 3, 0.3)
         for new, reference in zip(ours, expected, strict=True):
             assert new.dtype == np.float64
             np.testing.assert_allclose(new, reference.numpy(), rtol=1e-12)
 
-    @pytest.mark.parametrize("x", [np.zeros((0, 3)), np.ones((4, 3))])
-    def test_update_running_keeps_each_type_and_shares_nothing(self, x):
+    @pytest.mark.parametrize("count", [0, 4])
+    def test_update_running_keeps_each_type_and_shares_nothing(self, count):
         mean, var = np.ones(3, np.float32), np.ones(3, np.float16)
-        new_mean, new_var = F.update_running(mean, var, x)
+        new_mean, new_var = F.update_running(mean, var, np.zeros(3), np.ones(3), count)
+        if count == 0:  # an empty batch moves nothing
+            assert (new_mean == mean).all()
+            assert (new_var == var).all()
         assert (new_mean.dtype, new_var.dtype) == (np.float32, np.float16)
         assert not np.shares_memory(new_mean, mean)
         assert not np.shares_memory(new_var, var)
-        from_lists = F.update_running([0, 0, 0], [1, 1, 1], x.astype(np.float32))
+        from_lists = F.update_running([0, 0, 0], [1, 1, 1], [2, 2, 2], [3, 3, 3], count)
         assert {a.dtype for a in from_lists} == {np.dtype(np.float64)}
 
     def test_inference_computes_in_float64(self):

@@ -35,13 +35,13 @@ def one_thread():
 def network(dtype=np.float64, hidden=20, seed=0):
     rng = np.random.default_rng(seed)
     return Sequential(
-        Linear(784, hidden, dtype, rng=rng),
+        Linear(784, hidden, dtype=dtype, rng=rng),
         BatchNorm(hidden, dtype=dtype),
         Sigmoid(),
-        Linear(hidden, hidden, dtype, rng=rng),
+        Linear(hidden, hidden, dtype=dtype, rng=rng),
         BatchNorm(hidden, dtype=dtype),
         ReLU(),
-        Linear(hidden, 10, dtype, rng=rng),
+        Linear(hidden, 10, dtype=dtype, rng=rng),
     )
 
 
