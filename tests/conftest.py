@@ -76,7 +76,38 @@ def backward(data, example, by):
     }
 
 
+def running(data, source, momentum, fed, trained):
+    batches = data["sources"][source]
+    means, variances = (np.array(batches[key], dtype=float)[:, None] for key in ("mean", "var"))
+    steps = [(np.zeros(1), np.ones(1))]
+    for k in range(fed):
+        share = momentum if k < trained else 0
+        steps.append(
+            functional.update_running(*steps[-1], means[k], variances[k], data["m"], share)
+        )
+    training = fed <= trained
+    used = (means[fed - 1], variances[fed - 1]) if training else steps[-1]
+    limits = [[*means[:, 0], 0], [*variances[:, 0], 1]]
+    std = np.sqrt(used[1][0] + data["eps"])
+    return {
+        "running": {"mean": [s[0][0] for s in steps], "var": [s[1][0] for s in steps]},
+        "means": means[:fed, 0],
+        "vars": variances[:fed, 0],
+        "training": int(training),
+        "limits": [[min(v), max(v)] for v in limits],
+        "y": {
+            "mean": (means[fed - 1, 0] - used[0][0]) / std,
+            "var": variances[fed - 1, 0] / std**2,
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
-    return {"normalize": normalize, "scale_and_shift": scale_and_shift, "backward": backward}
+    return {
+        "normalize": normalize,
+        "scale_and_shift": scale_and_shift,
+        "backward": backward,
+        "running": running,
+    }

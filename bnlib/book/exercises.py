@@ -142,3 +142,40 @@ def _unbiased_backward(backward: Any) -> bool:
     # d z_hat_i / d x_j = (delta_ij - 1/m - z_hat_i z_hat_j / (m - 1)) / std
     jacobian = (np.eye(m) - 1 / m - np.outer(z_hat, z_hat) / (m - 1)) / std
     return close(backward(dy, z_hat, gamma, std), gamma * dy @ jacobian)
+
+
+@exercise(
+    "04.1",
+    "after one batch the start weighs 1 - momentum; after k batches? Solve for k with logarithms, "
+    "and round up.",
+)
+def _batches_needed(batches_needed: Any) -> bool:
+    # (0.5, 0.25) needs a third batch: after two, the start weighs 0.25, which is not less
+    expected = {(0.1, 0.01): 44, (0.01, 0.01): 459, (0.5, 0.25): 3, (0.9, 0.5): 1}
+    return all(close(batches_needed(*case), k) for case, k in expected.items())
+
+
+@exercise(
+    "04.2",
+    "write batch normalization as a * x + b, put it into W (a * x + b) + c, and collect what "
+    "multiplies x.",
+)
+def _fold_into_next(fold: Any) -> bool:
+    x, W, c = sample((5, 3)), sample((4, 3), seed=1), np.array([1.0, -2, 3, 0.5])
+    mean, var = np.array([1.0, -3, 0.2]), np.array([4.0, 0.3, 0.01])
+    gamma, beta, eps = np.array([2.0, -1, 0.5]), np.array([0.3, 1, -4]), 1e-2
+    weight, bias = fold(W, c, mean, var, gamma, beta, eps)
+    y = functional.batch_norm_inference(x, mean, var, gamma, beta, eps)
+    return close(x @ np.asarray(weight).T + bias, y @ W.T + c)
+
+
+@exercise(
+    "04.3",
+    "weigh by the counts; and a value is away from the common mean by its distance from the mean "
+    "of its piece plus that mean's distance from the common one.",
+)
+def _merge(merge: Any) -> bool:
+    pieces = np.split(sample((60, 1), seed=4)[:, 0] ** 2, [5, 17, 40])
+    counts, means, variances = (np.array([f(p) for p in pieces]) for f in (len, np.mean, np.var))
+    values = np.concatenate(pieces)
+    return close(merge(counts, means, variances), [values.mean(), values.var()])

@@ -179,3 +179,42 @@ def graph() -> Figure:
         ax.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=look)
     plt.close(figure)
     return figure
+
+
+def answers(image: ArrayLike, scores: ArrayLike, fixed: ArrayLike | None = None) -> Figure:
+    """Show an image beside its ten scores in many batches, shape (batches, 10): a dot per batch.
+
+    fixed: the ten scores in evaluation mode, shape (10,), drawn as bars; None leaves them out.
+    """
+    scores = np.asarray(scores)
+    figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 2.6), figsize=(WIDTH, 2.4))
+    left.imshow(np.asarray(image), vmin=0, vmax=1)
+    left.axis("off")
+    beside = np.linspace(
+        -0.3, 0.3, len(scores)
+    )  # so that dots of one height do not cover each other
+    for k, column in enumerate(scores.T):
+        right.plot(k + beside, column, "o", color=color("train"), alpha=0.4, markersize=2.5,
+                   markeredgewidth=0)  # fmt: skip
+    if fixed is not None:
+        ends = np.arange(len(fixed))
+        right.hlines(
+            np.asarray(fixed), ends - 0.42, ends + 0.42, color=color("eval"), linewidth=2.5
+        )
+    right.set(xlabel="class", ylabel="score", xticks=range(scores.shape[1]))
+    plt.close(figure)
+    return figure
+
+
+def chase(means: ArrayLike, variances: ArrayLike, running: tuple[ArrayLike, ArrayLike]) -> Figure:
+    """Show a node's batch means and variances, shape (k,), and the running ones, shape (k + 1,)."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6))
+    parts = ((means, running[0], "mean"), (variances, running[1], "variance"))
+    for ax, (batch, average, title) in zip(axes, parts, strict=True):
+        batch = np.asarray(batch)
+        ax.plot(np.arange(1, len(batch) + 1), batch, "o", color=color("train"), alpha=0.6,
+                markersize=3.5, markeredgewidth=0)  # fmt: skip
+        ax.plot(np.asarray(average), color=color("eval"))
+        ax.set(title=title, xlabel="batch")
+    plt.close(figure)
+    return figure

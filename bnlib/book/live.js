@@ -100,10 +100,12 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
       if (hi > lo) add("rect", { x: X(lo), width: X(hi) - X(lo), y: top, height: H - bottom - top,
         fill: color, "fill-opacity": 0.1 });
     },
-    curve(f, color) {
-      const points = Array.from({ length: 81 }, (_, i) => x0 + ((x1 - x0) * i) / 80)
-        .map((v) => `${X(v).toFixed(1)},${Y(f(v)).toFixed(1)}`);
+    line(xs, ys, color) {
+      const points = xs.map((x, i) => `${X(x).toFixed(1)},${Y(ys[i]).toFixed(1)}`);
       add("polyline", { points: points.join(" "), fill: "none", stroke: color, "stroke-width": 2 });
+    },
+    dots(xs, ys, color) {
+      xs.forEach((x, i) => add("circle", { cx: X(x), cy: Y(ys[i]), r: 2.6, fill: color, "fill-opacity": 0.65 }));
     },
     // One bar per value, from zero; `ghost` values are outlined behind them.
     columns(values, color, { ghost = [], marked = -1 } = {}) {

@@ -15,6 +15,8 @@ COLORS = {  # the thing: (light theme, dark theme)
     "y": ("#007f5f", "#3fc79a"),
     "activation": ("#95478e", "#d79bd3"),
     "gradient": ("#806000", "#dfbf52"),
+    "train": ("#4b4ba6", "#a3a3f5"),
+    "eval": ("#b3204d", "#ff8fa8"),
     "ink": ("#333333", "#d5d8dc"),
     "muted": ("#767676", "#9aa0a6"),
 }

@@ -29,6 +29,24 @@ def unbiased_backward(dy, z_hat, gamma, std, less=1):
     return gamma / std * (dy - dy.mean() - z_hat * along)
 
 
+def batches_needed(momentum, share, kept=lambda momentum: 1 - momentum):
+    k = 0
+    while kept(momentum) ** k >= share:
+        k += 1
+    return k
+
+
+def fold_into_next(W, c, mean, var, gamma, beta, eps):
+    a = gamma / np.sqrt(var + eps)
+    return W @ np.diag(a), c + (W * (beta - a * mean)).sum(axis=1)
+
+
+def merge(counts, means, variances):
+    mean = np.average(means, weights=counts)
+    square = np.average(variances + means**2, weights=counts)
+    return mean, square - mean**2
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -39,6 +57,9 @@ RIGHT = {
     "03.1": images_backward,
     "03.2": 9,
     "03.3": unbiased_backward,
+    "04.1": batches_needed,
+    "04.2": fold_into_next,
+    "04.3": merge,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -50,6 +71,12 @@ WRONG = {  # the mistakes that the exercises are about
     "03.1": lambda dy, z_hat, gamma, std: images_backward(dy, z_hat, gamma, std, axes=0),
     "03.2": 3,
     "03.3": lambda dy, z_hat, gamma, std: unbiased_backward(dy, z_hat, gamma, std, less=0),
+    "04.1": lambda momentum, share: batches_needed(momentum, share, kept=lambda m: m),
+    "04.2": lambda W, c, *layer: (fold_into_next(W, c, *layer)[0], c),
+    "04.3": lambda n, means, variances: (
+        np.average(means, weights=n),
+        np.average(variances, weights=n),
+    ),
 }
 
 

@@ -99,10 +99,24 @@ def draw_backward(rng):
     return data, {"example": int(rng.integers(8)), "by": rng.uniform(-4, 4)}
 
 
+def draw_running(rng):
+    sources = [
+        {"name": n, "mean": rng.normal(2, 3, 60).tolist(), "var": rng.gamma(2, 3, 60).tolist()}
+        for n in ("rest", "training")
+    ]
+    return {"sources": sources, "m": 64, "eps": 1e-5}, {
+        "source": int(rng.integers(2)),
+        "momentum": rng.uniform(0, 1),
+        "fed": int(rng.integers(1, 61)),
+        "trained": int(rng.integers(61)),
+    }
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
     "backward": draw_backward,
+    "running": draw_running,
 }
 
 

@@ -40,6 +40,14 @@ STEPS = {
         ("combobox", "example to move", 0, {"example": 0}),
         ("slider", "move its z by", "Home ArrowRight", {"by": -3.9}),
     ],
+    "running": [
+        ("button", "Feed a batch", "Enter Space", {"fed": 22}),
+        ("slider", "momentum", "Home ArrowRight", {"momentum": 0.01}),
+        ("combobox", "batches from", 0, {"source": 0}),
+        ("slider", "batches fed", "End ArrowLeft", {"fed": 59}),
+        ("slider", "of them in training mode", "Home ArrowRight", {"trained": 1}),
+        ("slider", "momentum", "End", {"momentum": 1.0}),
+    ],
 }
 
 
@@ -60,10 +68,20 @@ def said_by_backward(result, params):
     return [*moved, result["others"], result["sum"], result["along"]]
 
 
+def said_by_running(result, params):
+    fed = params["fed"]
+    return [
+        *(fed, result["means"][fed - 1], result["vars"][fed - 1]),
+        *(result["running"]["mean"][fed], result["running"]["var"][fed]),
+        *(result["y"]["mean"], result["y"]["var"]),
+    ]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
+    "running": said_by_running,
 }
 
 
@@ -89,7 +107,7 @@ def test_the_keyboard_moves_the_numbers(visit, troubles, in_numpy, live):
     root, box = page.locator("[data-live]").nth(n), page.locator(".live").nth(n)
     state = json.loads(root.get_attribute("data-state"))
     name, data = state.pop("figure"), state.pop("data")
-    params = {key: state[key] for key in state if key != "undo"}
+    params = {key: state[key] for key in state if key not in ("undo", "feed")}
 
     def check():
         expected = SAID[name](in_numpy[name](data, **params), params)
