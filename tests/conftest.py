@@ -102,6 +102,37 @@ def running(data, source, momentum, fed, trained):
     }
 
 
+def variance(data, mean, std):
+    x = (10**mean + 10**std * np.array(data["z"])).astype(np.float32)
+
+    def average(values):  # one by one, as the figure adds, in the type of the values
+        return np.cumsum(values)[-1] / values.dtype.type(len(values))
+
+    def squares(values):
+        return average(values * values) - average(values) ** 2
+
+    running = total = np.float32(0)
+    for i, value in enumerate(x, start=1):
+        off = value - running
+        running = running + off / np.float32(i)
+        total = total + off * (value - running)
+    wide = x.astype(float)
+    exact = average((wide - average(wide)) ** 2)
+    found = [
+        average((x - average(x)) ** 2),
+        squares(x),
+        total / np.float32(len(x)),
+        squares(x - x[0]),
+        squares(wide),
+    ]
+    error = np.abs(np.array(found, dtype=float) - exact) / exact if exact else np.ones(5)
+    return {
+        "exact": exact,
+        "found": [float(v) for v in found],
+        "digits": np.maximum(0, -np.log10(np.maximum(error, 1e-8))),
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -110,4 +141,5 @@ def in_numpy():
         "scale_and_shift": scale_and_shift,
         "backward": backward,
         "running": running,
+        "variance": variance,
     }

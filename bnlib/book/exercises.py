@@ -1,5 +1,6 @@
 """Self-checks of the exercises: a hint when the answer is not right yet, never the answer."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -179,3 +180,38 @@ def _merge(merge: Any) -> bool:
     counts, means, variances = (np.array([f(p) for p in pieces]) for f in (len, np.mean, np.var))
     values = np.concatenate(pieces)
     return close(merge(counts, means, variances), [values.mean(), values.var()])
+
+
+@exercise("06.1", "count the bytes that travel: every value, its bytes, and once for each trip.")
+def _least_time(least_time: Any) -> bool:
+    cases = (((64, 64, 56, 56), 4, 3, 2e10), ((256, 512), 2, 14, 1e11))
+    return all(
+        close(least_time(shape, size, trips, speed), math.prod(shape) * size * trips / speed)
+        for shape, size, trips, speed in cases
+    )
+
+
+@exercise(
+    "06.2",
+    "the variance is the mean square of x - k minus the square of the mean of x - k; what share of "
+    "the first is it?",
+)
+def _share_left(share_left: Any) -> bool:
+    d = sample((50, 1), seed=6)[:, 0]
+    return all(
+        close(share_left(v.sum(), (v**2).sum(), len(v)), v.var() / (v**2).mean())
+        for v in (d, d - d.mean(), d + 30)
+    )
+
+
+@exercise(
+    "06.3",
+    "write chapter 3's line with (x - mean) / std for z_hat and with dbeta / m and dgamma / m for "
+    "the two averages; then collect what multiplies dy, what multiplies x, and the rest.",
+)
+def _backward_line(backward_line: Any) -> bool:
+    x, dy, gamma = sample((9, 3)), sample((9, 3), seed=1), np.array([0.5, -2.0, 3.0])
+    _, cache = functional.batch_norm(x, gamma, np.zeros(3))
+    expected, dgamma, dbeta = functional.batch_norm_backward(dy, cache)
+    A, B, C = backward_line(gamma, cache.std, x.mean(axis=0), dgamma, dbeta, 9)
+    return close(A * dy + B * x + C, expected)

@@ -218,3 +218,55 @@ def chase(means: ArrayLike, variances: ArrayLike, running: tuple[ArrayLike, Arra
         ax.set(title=title, xlabel="batch")
     plt.close(figure)
     return figure
+
+
+def axes_of_batch_norm() -> Figure:
+    """Show which values share a mean: a column of (N, C), and a slab of (N, C, places)."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.5), subplot_kw={"projection": "3d"})
+    parts = (((5, 1, 6), "nodes"), ((5, 4, 6), "places"))
+    for ax, ((images, places, channels), name) in zip(axes, parts, strict=True):
+        # matplotlib's x, y and z: channels, places, images
+        cubes = np.ones((channels, places, images), dtype=bool)
+        hues = np.full(cubes.shape, "#f4f4f4", dtype=object)
+        hues[2] = color("z_hat")
+        ax.voxels(cubes, facecolors=hues, edgecolor=color("muted"), linewidth=0.4, shade=False)
+        ax.set(xticks=[], yticks=[], zticks=[], box_aspect=(channels, places, images))
+        ax.set_axis_off()
+        ax.view_init(elev=24, azim=-58)
+        ax.text(
+            channels / 2, -0.9, -0.5, "nodes" if places == 1 else "channels", ha="center", va="top"
+        )
+        if places > 1:
+            ax.text(-0.6, 0, images / 2, "images", ha="right", va="center")
+            ax.text(channels + 0.4, places / 2, -0.4, name, ha="left", va="top")
+    plt.close(figure)
+    return figure
+
+
+def roofline(points: dict[str, tuple[float, float]], bandwidth: float, peak: float) -> Figure:
+    """Show versions of a program under the roof that memory and core put over them.
+
+    points: by name, operations per byte and operations per second. bandwidth: bytes a second.
+    peak: operations a second.
+    """
+    figure, ax = plt.subplots(figsize=(WIDTH, 3))
+    intensity = np.array([0.05, peak / bandwidth, 5 * peak / bandwidth])
+    ax.loglog(intensity, np.minimum(bandwidth * intensity, peak), color=color("ink"))
+    for i, (name, (x, y)) in enumerate(points.items()):
+        ax.plot(x, y, "o", color=color("y"), markersize=5)
+        left = i % 2  # neighbours lie close: their names go to either side
+        ax.annotate(name, (x, y), (-7 if left else 7, 0), textcoords="offset points", fontsize=9,
+                    ha="right" if left else "left", va="center")  # fmt: skip
+    ax.set(xlabel="operations per byte", ylabel="operations per second")
+    plt.close(figure)
+    return figure
+
+
+def digits_right(digits: ArrayLike, names: ArrayLike) -> Figure:
+    """Show how many digits several ways get right, one bar each."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    ax.bar(range(len(np.asarray(names))), np.asarray(digits), color=color("y"), alpha=0.6)
+    ax.set(xticks=range(len(np.asarray(names))), ylabel="right digits", ylim=(0, 8.4))
+    ax.set_xticklabels([str(name).replace("_", " ") for name in np.asarray(names)])
+    plt.close(figure)
+    return figure

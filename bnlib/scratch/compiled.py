@@ -160,9 +160,7 @@ def _sums(x: Array, shift: Array) -> tuple[Array, Array]:
 
 
 @compiled
-def _gradient_sums(
-    dy: Array, x: Array, mean: Array, var: Array, eps: float
-) -> tuple[Array, Array]:
+def _gradient_sums(dy: Array, x: Array, mean: Array, var: Array, eps: float) -> tuple[Array, Array]:
     """Return dgamma, the sums of dy * z_hat, and dbeta, the sums of dy."""
     N, C, L = x.shape
     along, dbeta = np.zeros(C), np.zeros(C)

@@ -24,7 +24,9 @@ CHUNK = 2**17  # values in a piece: half a megabyte of float32, in the cache of 
 ROW = 2**12  # values in a row of a piece, at least: NumPy starts anew at each row
 SHORT = 16  # positions up to which a channel's sums run over the samples first
 GUESSES = 16  # values of a channel that its shift is guessed from
-FAR = 4  # squared distance of a shift from the mean, in variances, at which float32 sums are too bad
+FAR = (
+    4  # squared distance of a shift from the mean, in variances, at which float32 sums are too bad
+)
 
 
 def moments(x: Array) -> tuple[Array, Array]:
@@ -140,9 +142,7 @@ def _sums(x: Array, shift: Array, work: DTypeLike) -> tuple[Array, Array]:
     return total, squares
 
 
-def _gradient_sums(
-    dy: Array, x: Array, hi: Array, lo: Array, std: Array
-) -> tuple[Array, Array]:
+def _gradient_sums(dy: Array, x: Array, hi: Array, lo: Array, std: Array) -> tuple[Array, Array]:
     """Return dgamma, the sums of dy * z_hat, and dbeta, the sums of dy."""
     work = hi.dtype
     while True:
@@ -180,7 +180,9 @@ def _pieces(
             rows = [np.broadcast_to(v[chosen, None], shape).copy() for v in vectors]
             for start, stop in pairwise([*range(0, whole, step), whole, N]):
                 if n := min(fold, stop - start):
-                    pieces = [a[start:stop, chosen, places].reshape(-1, n, *shape[1:]) for a in arrays]
+                    pieces = [
+                        a[start:stop, chosen, places].reshape(-1, n, *shape[1:]) for a in arrays
+                    ]
                     yield chosen, pieces, [row[:n] for row in rows]
 
 

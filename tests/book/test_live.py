@@ -112,11 +112,17 @@ def draw_running(rng):
     }
 
 
+def draw_variance(rng):
+    data = {"z": rng.normal(size=200).round(5).tolist()}
+    return data, {"mean": rng.uniform(0, 7), "std": rng.uniform(-3, 2)}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
     "backward": draw_backward,
     "running": draw_running,
+    "variance": draw_variance,
 }
 
 

@@ -48,6 +48,11 @@ STEPS = {
         ("slider", "of them in training mode", "Home ArrowRight", {"trained": 1}),
         ("slider", "momentum", "End", {"momentum": 1.0}),
     ],
+    "variance": [
+        ("slider", "mean", "Home ArrowRight", {"mean": 0.25}),
+        ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
+        ("slider", "mean", "End", {"mean": 7.0}),
+    ],
 }
 
 
@@ -77,11 +82,16 @@ def said_by_running(result, params):
     ]
 
 
+def said_by_variance(result, params):
+    return list(result["digits"])
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
     "running": said_by_running,
+    "variance": said_by_variance,
 }
 
 
