@@ -100,14 +100,14 @@ def batch_norm_backward(
     """Return the gradients of the loss for x, gamma and beta, in closed form.
 
     Arguments, results and errors: as in `functional.batch_norm_backward`. out: where dx goes,
-    shaped and typed as dy; dy itself, or an array that shares no memory with dy and x.
+    shaped and typed as dy; it may share no memory with dy and x.
 
     Raises TypeError or ValueError for an out that does not fit; then nothing is written.
     Source: Ioffe and Szegedy (2015), section 3, simplified as in chapter 3.
     """
     x, mean, var, gamma, eps = cache
     dy = F._gradient(dy, x.shape)
-    dx = _result(out, x, dy.dtype, apart=[x], same=dy)
+    dx = _result(out, x, dy.dtype, apart=[dy, x])
     gradients = _run("batch_norm_backward", [dy, x], (mean, var, gamma, eps), dx)
     dgamma, dbeta = gradients or np.zeros((2, x.shape[1]))
     return dx, dgamma, dbeta
@@ -154,7 +154,7 @@ def batch_norm_inference_backward(
     """Return the gradients of the loss for x, gamma and beta when the statistics are given.
 
     Arguments, results and errors: as in `functional.batch_norm_inference_backward`. out: where dx
-    goes, shaped and typed as dy; dy itself, or an array that shares no memory with dy and x.
+    goes, shaped and typed as dy; it may share no memory with dy and x.
 
     Raises TypeError or ValueError for an out that does not fit; then nothing is written.
     Source: the derivative of Ioffe and Szegedy (2015), Algorithm 2, line 11.
@@ -164,7 +164,7 @@ def batch_norm_inference_backward(
     mean = F._channel_vector(mean, "mean", x)
     var, eps = F._channel_vector(var, "var", x), float(F._not_negative(eps))
     gamma = F._channel_vector(gamma, "gamma", x)
-    dx = _result(out, x, dy.dtype, apart=[x], same=dy)
+    dx = _result(out, x, dy.dtype, apart=[dy, x])
     gradients = _run("inference_backward", [dy, x], (mean, var, gamma, eps), dx)
     dgamma, dbeta = gradients or np.zeros((2, x.shape[1]))
     return dx, dgamma, dbeta
