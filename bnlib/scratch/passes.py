@@ -178,22 +178,26 @@ def _pieces(
 
 
 def _sum(piece: Array, work: Type) -> Array:
-    """Add up a piece over all but its channels: a row in the working type, rows in float64."""
-    rows, fold, channels, positions = piece.shape
+    """Add up a piece over all but its channels: within a row in the working type, then float64."""
+    rows, _, _, positions = piece.shape
     if positions > SHORT:
         return (piece @ np.ones(positions, work)).sum(axis=(0, 1), dtype=np.float64)
-    columns = np.ones(rows, work) @ piece.reshape(rows, -1)
-    return columns.reshape(fold, channels, positions).sum(axis=(0, 2), dtype=np.float64)
+    return _columns(np.ones(rows, work) @ piece.reshape(rows, -1), piece)
 
 
 def _dot(a: Array, b: Array) -> Array:
     """Add up the products of two pieces over all but their channels."""
-    rows, fold, channels, positions = a.shape
+    rows, _, _, positions = a.shape
     if positions > SHORT:
-        dots = (a[..., None, :] @ b[..., None])[..., 0, 0]
-        return dots.sum(axis=(0, 1), dtype=np.float64)
-    columns = np.einsum("ij,ij->j", a.reshape(rows, -1), b.reshape(rows, -1))
-    return columns.reshape(fold, channels, positions).sum(axis=(0, 2), dtype=np.float64)
+        dots = a[..., None, :] @ b[..., None]
+        return dots.sum(axis=(0, 1, 3, 4), dtype=np.float64)
+    return _columns(np.einsum("ij,ij->j", a.reshape(rows, -1), b.reshape(rows, -1)), a)
+
+
+def _columns(columns: Array, piece: Array) -> Array:
+    """Add up what belongs to one channel, of sums for every place in a row."""
+    sums = columns.reshape(piece.shape[1:])
+    return np.einsum("fcl->c", sums, dtype=np.float64, casting="same_kind")
 
 
 def _guess(x: Array) -> tuple[Array, Array]:
