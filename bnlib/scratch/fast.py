@@ -66,8 +66,8 @@ def moments(x: ArrayLike) -> tuple[Array, Array]:
     x = F._floats(x, "x")
     if not x.size:
         return F.moments(x)  # raises
-    order = _memory_order(x)
-    mean, var = _core(x).moments(_blocks(x, order))
+    with np.errstate(all="ignore"):
+        mean, var = _core(x).moments(_blocks(x, _memory_order(x)))
     return mean, var
 
 

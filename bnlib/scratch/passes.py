@@ -144,8 +144,8 @@ def _rounded(vector: Array, work: Type) -> Array:
 
 
 def _near(offset: Array, var: Array, far: float) -> bool:
-    """Return whether every offset is within sqrt(far) standard deviations; never if one is NaN."""
-    return bool(np.all(offset**2 <= far * var))
+    """Return whether all offsets are within sqrt(far) finite standard deviations."""
+    return bool(np.all((offset**2 <= far * var) & (var < np.inf)))
 
 
 def _pieces(
@@ -153,10 +153,11 @@ def _pieces(
 ) -> Iterator[tuple[slice, list[Array], Array | None, list[Array]]]:
     """Cut (N, C, L) arrays into pieces that stay in the cache; spread vectors to fit a row of them.
 
-    Yields the piece's channels, a view of each array, shape (rows, fold, channels, positions), and
-    the shift (None if it is 0 everywhere) and each vector with a number for every place in a row,
-    shape (fold, channels, positions). NumPy walks such a row in one go; along a broadcast axis it would start
-    anew at each channel. Small samples are folded, several to a row, so that a row is long.
+    Yields the piece's channels; a view of each array, shape (rows, fold, channels, positions); the
+    shift, None if it is 0 everywhere, and the vectors, each with a number for every place in a row,
+    shape (fold, channels, positions). NumPy walks such a row in one go; along a broadcast axis it
+    would start anew at each channel. Small samples are folded, several to a row, so that rows are
+    long.
     """
     N, C, L = arrays[0].shape
     positions = min(L, ROW)
@@ -180,24 +181,26 @@ def _pieces(
 def _sum(piece: Array, work: Type) -> Array:
     """Add up a piece over all but its channels: within a row in the working type, then float64."""
     rows, _, _, positions = piece.shape
-    if positions > SHORT:
-        return (piece @ np.ones(positions, work)).sum(axis=(0, 1), dtype=np.float64)
-    return _columns(np.ones(rows, work) @ piece.reshape(rows, -1), piece)
+    if positions <= SHORT:
+        return _of_columns(np.ones(rows, work) @ piece.reshape(rows, -1), piece)
+    sums: Array = (piece @ np.ones(positions, work)).sum(axis=(0, 1), dtype=np.float64)
+    return sums
 
 
 def _dot(a: Array, b: Array) -> Array:
     """Add up the products of two pieces over all but their channels."""
     rows, _, _, positions = a.shape
-    if positions > SHORT:
-        dots = a[..., None, :] @ b[..., None]
-        return dots.sum(axis=(0, 1, 3, 4), dtype=np.float64)
-    return _columns(np.einsum("ij,ij->j", a.reshape(rows, -1), b.reshape(rows, -1)), a)
+    if positions <= SHORT:
+        return _of_columns(np.einsum("ij,ij->j", a.reshape(rows, -1), b.reshape(rows, -1)), a)
+    dots: Array = (a[..., None, :] @ b[..., None]).sum(axis=(0, 1, 3, 4), dtype=np.float64)
+    return dots
 
 
-def _columns(columns: Array, piece: Array) -> Array:
+def _of_columns(columns: Array, piece: Array) -> Array:
     """Add up what belongs to one channel, of sums for every place in a row."""
-    sums = columns.reshape(piece.shape[1:])
-    return np.einsum("fcl->c", sums, dtype=np.float64, casting="same_kind")
+    row = columns.reshape(piece.shape[1:])
+    sums: Array = np.einsum("fcl->c", row, dtype=np.float64, casting="same_kind")
+    return sums
 
 
 def _guess(x: Array) -> tuple[Array, Array]:
