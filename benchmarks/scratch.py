@@ -1,13 +1,14 @@
 """How fast, how frugal and how exact `bnlib.scratch` is, beside PyTorch and others.
 
 Run it with `make bench`, or `python benchmarks/scratch.py --help`. One process, one thread. All
-contenders take turns, round after round, and are compared within a round; what is shown is the
-median over the rounds of the ratio of two CPU times. A ratio bears a busy machine better than a
-time does, and still: run it on a quiet one.
+contenders take turns, round after round; each is called twice in a row and timed the second time,
+since the first call finds its code and arrays thrown out of the cache by the contender before it.
+What is shown is the median over the rounds of the ratio of two CPU times in one round. A ratio
+bears a busy machine better than a time does, and still: run it on a quiet one.
 
 A contender writes to new arrays, as a framework's layer does, or to the same ones each time
-("reused"): on big batches, clearing new memory costs as much as the arithmetic. The floors write to
-reused arrays too. A goal names both sides, so that nobody has to guess.
+("reused"): on big batches, clearing new memory costs as much as the arithmetic. All who reuse
+arrays, the floors too, reuse the same ones. A goal names both sides, so that nobody has to guess.
 """
 
 import os
@@ -46,12 +47,14 @@ READABLE, TEXTBOOK, FLOOR = "functional", "textbook layer in NumPy", "floor, reu
 
 
 class Batch(NamedTuple):
-    """What one shape is measured on; mean in standard deviations."""
+    """What one shape is measured on, and the arrays that results may be written to."""
 
     x: np.ndarray
     dy: np.ndarray
     gamma: np.ndarray
     beta: np.ndarray
+    y: np.ndarray
+    dx: np.ndarray
 
     @classmethod
     def make(cls, shape: tuple[int, ...], mean: float) -> "Batch":
@@ -64,28 +67,28 @@ class Batch(NamedTuple):
         x *= rng.uniform(0.5, 2, C).astype(np.float32).reshape(per_channel)
         gamma, beta = rng.uniform(0.5, 2, C), rng.standard_normal(C)
         dy = rng.standard_normal(shape, np.float32)
-        return cls(x, dy, gamma.astype(np.float32), beta.astype(np.float32))
+        results = np.zeros_like(x), np.zeros_like(x)
+        return cls(x, dy, gamma.astype(np.float32), beta.astype(np.float32), *results)
 
 
 Calls = dict[str, Callable[[], object]]
 
 
 def floor(batch: Batch) -> Calls:
-    """The memory traffic that cannot be avoided: x and y once; then x, dy and dx once."""
-    y, dx = np.empty_like(batch.x), np.empty_like(batch.x)
+    """Move what must be moved at least: x to y; then x and dy to dx."""
 
     def both() -> None:
-        np.copyto(y, batch.x)
-        np.add(batch.x, batch.dy, out=dx)
+        np.copyto(batch.y, batch.x)
+        np.add(batch.x, batch.dy, out=batch.dx)
 
-    copy = partial(np.copyto, y, batch.x)
+    copy = partial(np.copyto, batch.y, batch.x)
     return dict(zip(PASSES, [copy, both, copy], strict=True))
 
 
 def ours(batch: Batch, module: ModuleType, reuse: bool = False, numba: bool = True) -> Calls:
-    """One of our modules, in new arrays or in the same ones each time."""
-    x, dy, gamma, beta = batch
-    y, dx = ({"out": np.empty_like(x)} if reuse else {} for _ in range(2))
+    """Call one of our modules, with new arrays or with the same ones each time."""
+    x, dy, gamma, beta, *_ = batch
+    y, dx = ({"out": result} if reuse else {} for result in (batch.y, batch.dx))
     mean, var = functional.moments(x)
 
     def both() -> None:
@@ -97,19 +100,19 @@ def ours(batch: Batch, module: ModuleType, reuse: bool = False, numba: bool = Tr
         both,
         lambda: module.batch_norm_inference(x, mean, var, gamma, beta, EPS, **y),
     ]
-    if module is fast:
-        calls = [with_core(call, numba) for call in calls]
+    if not numba:
+        calls = [in_numpy(call) for call in calls]
     return dict(zip(PASSES, calls, strict=True))
 
 
-def with_core(call: Callable[[], object], numba: bool) -> Callable[[], object]:
-    """Return the call, made with one of the two cores."""
+def in_numpy(call: Callable[[], object]) -> Callable[[], object]:
+    """Return the call, made without the compiled core."""
 
-    def chosen() -> None:
-        with fast.use_compiled(numba):
+    def without() -> None:
+        with fast.use_compiled(False):
             call()
 
-    return chosen
+    return without
 
 
 class TextbookLayer:
@@ -144,7 +147,7 @@ class TextbookLayer:
 
 
 def textbook(batch: Batch) -> Calls:
-    """The textbook layer, which makes a new array at each operation."""
+    """Call the textbook layer, which makes a new array at each operation."""
     layer = TextbookLayer(batch.gamma, batch.beta, batch.x.ndim)
     mean, var = (
         v.astype(np.float32).reshape(layer.gamma.shape) for v in functional.moments(batch.x)
@@ -163,7 +166,7 @@ def textbook(batch: Batch) -> Calls:
 
 
 def native(batch: Batch) -> Calls:
-    """PyTorch's layer in eager mode: new arrays, autograd, running statistics."""
+    """Call PyTorch's layer in eager mode: new arrays, autograd, running statistics."""
     make = torch.nn.BatchNorm1d if batch.x.ndim == 2 else torch.nn.BatchNorm2d
     layer, evaluating = make(batch.x.shape[1]), make(batch.x.shape[1]).eval()
     x, dy = torch.from_numpy(batch.x), torch.from_numpy(batch.dy)
@@ -181,9 +184,8 @@ def native(batch: Batch) -> Calls:
 
 
 def native_kernel(batch: Batch) -> Calls:
-    """PyTorch's kernels alone, into the same arrays each time."""
-    x, dy, gamma, beta = (torch.from_numpy(a) for a in batch)
-    y, dx = torch.empty_like(x), torch.empty_like(x)
+    """Call PyTorch's kernels alone, into the same arrays each time."""
+    x, dy, gamma, beta, y, dx = (torch.from_numpy(a) for a in batch)
     dgamma, dbeta, mean, inv_std = (torch.empty_like(gamma) for _ in range(4))
     running = torch.zeros_like(gamma), torch.ones_like(gamma)
     kept = {"out": y, "save_mean": mean, "save_invstd": inv_std}
@@ -205,7 +207,7 @@ def native_kernel(batch: Batch) -> Calls:
 
 
 def keras_layer(batch: Batch) -> Calls:
-    """Keras on PyTorch."""
+    """Call Keras on PyTorch."""
     import keras
 
     layer = keras.layers.BatchNormalization(axis=1, epsilon=EPS)
@@ -226,7 +228,7 @@ def keras_layer(batch: Batch) -> Calls:
 
 
 def flax_layer(batch: Batch) -> Calls:
-    """Flax, compiled by jax.jit."""
+    """Call Flax, compiled by jax.jit."""
     import flax.linen
     import jax
 
@@ -256,7 +258,8 @@ def flax_layer(batch: Batch) -> Calls:
 
 def contenders(shape: tuple[int, ...]) -> Iterator[tuple[str, Calls]]:
     """Yield name and calls of all who are installed."""
-    batch, far = Batch.make(shape, 0.5), Batch.make(shape, 6)
+    batch = Batch.make(shape, 0.5)
+    far = Batch.make(shape, 6)._replace(y=batch.y, dx=batch.dx)
     yield FLOOR, floor(batch)
     yield NATIVE, native(batch)
     yield NATIVE_REUSED, native_kernel(batch)
@@ -282,13 +285,13 @@ def installed(module: str) -> bool:
 def measure(calls: dict[str, Calls], rounds: int) -> dict[str, dict[str, np.ndarray]]:
     """Return CPU seconds of every contender in every round, by name and pass."""
     times = {name: {p: np.empty(rounds) for p in PASSES} for name in calls}
-    for i in range(-1, rounds):  # one round to warm up: Numba and XLA compile
+    for i in range(rounds):
         for p in PASSES:
             for name, of_passes in calls.items():
+                of_passes[p]()
                 start = time.process_time_ns()
                 of_passes[p]()
-                if i >= 0:
-                    times[name][p][i] = (time.process_time_ns() - start) / 1e9
+                times[name][p][i] = (time.process_time_ns() - start) / 1e9
     return times
 
 
@@ -350,10 +353,10 @@ GOALS = [
 def speed(shape: tuple[int, ...], seconds: float) -> dict[str, object]:
     """Measure all contenders on a shape for about so many seconds."""
     calls = dict(contenders(shape))
+    measure(calls, 1)  # Numba and XLA compile
     start = time.perf_counter()
-    measure(calls, 2)
-    one_round = (time.perf_counter() - start) / 3
-    rounds = int(np.clip(seconds / one_round, 9, 300))
+    measure(calls, 1)
+    rounds = int(np.clip(seconds / (time.perf_counter() - start), 9, 500))
     times = measure(calls, rounds)
     rows = [
         {

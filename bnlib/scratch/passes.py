@@ -145,7 +145,7 @@ def _rounded(vector: Array, work: FloatType) -> Array:
 
 def _near(offset: Array, var: Array, far: float) -> bool:
     """Return whether all offsets are within sqrt(far) finite standard deviations."""
-    return bool(np.all((offset**2 <= far * var) & (var < np.inf)))
+    return bool((offset**2 <= far * var).all() and var.max() < np.inf)
 
 
 def _pieces(
@@ -209,14 +209,14 @@ def _guess(x: Array) -> tuple[Array, Array]:
     step = np.arange(GUESSES)
     values = x[step * N // GUESSES, :, step * L // GUESSES].astype(np.float64)
     offset = values - values[0]  # exact where all values are equal
-    mean = offset.mean(axis=0)
-    return values[0] + mean, np.square(offset - mean).mean(axis=0)
+    mean = np.ones(GUESSES) @ offset / GUESSES
+    return values[0] + mean, np.einsum("gc,gc->c", offset, offset) / GUESSES - mean**2
 
 
 def _spread(vector: Array, shape: tuple[int, ...], work: FloatType) -> Array:
     """Write out a vector for every place in a row."""
     row = np.empty(shape, work)
-    row[...] = vector[:, None]
+    row[...] = vector.astype(work)[:, None]
     return row
 
 
