@@ -21,7 +21,7 @@ import numpy as np
 from bnlib.scratch.functional import Array
 
 CHUNK = 2**18  # values in a piece: a megabyte of float32, which stays in the cache of one core
-ROW = 2**13  # values in a row of a piece, at least: NumPy walks longer rows in one go
+ROW = 2**13  # values in a row of a piece, at least, and at most half a piece: NumPy likes long rows
 SHORT = 16  # positions up to which a channel's sums run over the samples first
 GUESSES = 16  # values of each channel that its shift is guessed from
 FAR = 9  # squared distance from the mean, in variances, up to which float32 bears a shift
