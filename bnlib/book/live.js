@@ -105,6 +105,13 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
         .map((v) => `${X(v).toFixed(1)},${Y(f(v)).toFixed(1)}`);
       add("polyline", { points: points.join(" "), fill: "none", stroke: color, "stroke-width": 2 });
     },
+    // What leaves the panel runs along its edge.
+    line(xs, ys, color, dashed = false) {
+      const points = xs.map((v, i) =>
+        `${X(v).toFixed(1)},${Y(Math.min(Math.max(ys[i], y0), y1)).toFixed(1)}`);
+      add("polyline", { points: points.join(" "), fill: "none", stroke: color,
+        "stroke-width": 2.5, ...(dashed && { "stroke-dasharray": "6 4" }) });
+    },
     // One bar per value, from zero; `ghost` values are outlined behind them.
     columns(values, color, { ghost = [], marked = -1 } = {}) {
       const column = (v, from, to, attributes) => {

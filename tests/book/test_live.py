@@ -99,10 +99,19 @@ def draw_backward(rng):
     return data, {"example": int(rng.integers(8)), "by": rng.uniform(-4, 4)}
 
 
+def draw_training(rng):
+    curves = rng.uniform(0, 3, (3, 2, 7, 31)).round(3).tolist()
+    starts = [{"name": f"start {i}", "with": a, "without": b} for i, (a, b) in enumerate(curves)]
+    rates = (10 ** np.arange(-2, 1.5, 0.5)).tolist()
+    params = {"rate": 10 ** rng.uniform(-2, 1), "start": int(rng.integers(3))}
+    return {"rates": rates, "starts": starts, "block": 4, "cap": 3}, params
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
     "backward": draw_backward,
+    "training": draw_training,
 }
 
 

@@ -40,6 +40,12 @@ STEPS = {
         ("combobox", "example to move", 0, {"example": 0}),
         ("slider", "move its z by", "Home ArrowRight", {"by": -3.9}),
     ],
+    "training": [
+        ("slider", "learning rate", "End ArrowLeft ArrowLeft", {"rate": 1.0}),
+        ("combobox", "initial weights", 0, {"start": 0}),
+        ("slider", "learning rate", "Home ArrowRight", {"rate": 10**-1.5}),
+        ("combobox", "initial weights", 3, {"start": 3}),
+    ],
 }
 
 
@@ -60,10 +66,16 @@ def said_by_backward(result, params):
     return [*moved, result["others"], result["sum"], result["along"]]
 
 
+def said_by_training(result, params):
+    last = result["last"]
+    return [params["rate"], 5 * result["block"], last["with"], last["without"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
+    "training": said_by_training,
 }
 
 
