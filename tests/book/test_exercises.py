@@ -10,6 +10,7 @@ import torch
 
 from bnlib.book import exercises
 from bnlib.book.exercises import EXERCISES
+from bnlib.scratch.layers import Linear
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
 
@@ -29,6 +30,16 @@ def unbiased_backward(dy, z_hat, gamma, std, less=1):
     return gamma / std * (dy - dy.mean() - z_hat * along)
 
 
+def normalize_once(model, x, go_on=True):
+    for layer in model.layers:
+        z = layer(x)
+        if isinstance(layer, Linear):
+            layer.bias -= z.mean(axis=0)
+            layer.weight /= z.std(axis=0)[:, None]
+            layer.bias /= z.std(axis=0)
+        x = layer(x) if go_on else z
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -39,6 +50,9 @@ RIGHT = {
     "03.1": images_backward,
     "03.2": 9,
     "03.3": unbiased_backward,
+    "05.1": lambda n, m: n // m * n,
+    "05.2": 400,
+    "05.3": normalize_once,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -50,6 +64,9 @@ WRONG = {  # the mistakes that the exercises are about
     "03.1": lambda dy, z_hat, gamma, std: images_backward(dy, z_hat, gamma, std, axes=0),
     "03.2": 3,
     "03.3": lambda dy, z_hat, gamma, std: unbiased_backward(dy, z_hat, gamma, std, less=0),
+    "05.1": lambda n, m: n,
+    "05.2": 20,
+    "05.3": lambda model, x: normalize_once(model, x, go_on=False),
 }
 
 
