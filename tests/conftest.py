@@ -133,6 +133,18 @@ def variance(data, mean, std):
     }
 
 
+def training(data, rate, start):
+    at = np.argmin(np.abs(np.log10(data["rates"]) - np.log10(rate)))
+    curves = {key: np.array(data["starts"][start][key]) for key in ("with", "without")}
+    ends = {key: curve[:, -5:].mean(axis=1) for key, curve in curves.items()}
+    return {
+        **{key: curve[at] for key, curve in curves.items()},
+        **{key: data[key] for key in ("rates", "block", "cap")},
+        "ends": ends,
+        "last": {key: end[at] for key, end in ends.items()},
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -142,4 +154,5 @@ def in_numpy():
         "backward": backward,
         "running": running,
         "variance": variance,
+        "training": training,
     }

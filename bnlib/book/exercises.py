@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnlib.scratch import functional
+from bnlib.scratch.layers import Linear, ReLU, Sequential
 
 Test = Callable[[Any], bool]
 
@@ -215,3 +216,44 @@ def _backward_line(backward_line: Any) -> bool:
     expected, dgamma, dbeta = functional.batch_norm_backward(dy, cache)
     A, B, C = backward_line(gamma, cache.std, x.mean(axis=0), dgamma, dbeta, 9)
     return close(A * dy + B * x + C, expected)
+
+
+# Chapter 5
+
+
+@exercise(
+    "05.1", "how many steps has an epoch, and how many images does each of them send forward?"
+)
+def _images_forward(images_forward: Any) -> bool:
+    return all(close(images_forward(n, m), n * (n // m)) for n, m in ((12, 4), (4000, 64)))
+
+
+@exercise(
+    "05.2", "by how many standard deviations does a batch of m miss? Set that to a twentieth."
+)
+def _batch_large_enough(answer: Any) -> bool:
+    return close(answer, 400.0)
+
+
+@exercise(
+    "05.3",
+    "go through the layers in order; at each Linear change weight and bias so that its own output "
+    "is normalized, and send that on, since the next layer's values depend on it.",
+)
+def _normalize_once(normalize_once: Any) -> bool:
+    rng = np.random.default_rng(0)
+    first, second, third = (
+        Linear(inputs, nodes, dtype=np.float64, rng=rng)
+        for inputs, nodes in ((9, 8), (8, 7), (7, 3))
+    )
+    x = sample((50, 9))
+    normalize_once(Sequential(first, ReLU(), second, ReLU(), third), x.copy())
+    for linear in (first, second, third):
+        z = linear(x)
+        if not (
+            close(z.mean(axis=0), np.zeros(z.shape[1]))
+            and close(z.std(axis=0), np.ones(z.shape[1]), 1e-3)
+        ):
+            return False
+        x = ReLU()(z)
+    return True

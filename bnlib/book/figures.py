@@ -270,3 +270,112 @@ def digits_right(digits: ArrayLike, names: ArrayLike) -> Figure:
     ax.set_xticklabels([str(name).replace("_", " ") for name in np.asarray(names)])
     plt.close(figure)
     return figure
+
+
+def losses(with_norm: ArrayLike, without: ArrayLike, block: int) -> Figure:
+    """Show training losses with batch norm and without, each (seeds, steps), a line per seed.
+
+    block: over how many steps each point averages.
+    """
+    figure, ax = plt.subplots()
+    for values, label, dash, thing in (
+        (without, "without batch norm", "--", "muted"),
+        (with_norm, "with batch norm", "-", "y"),
+    ):
+        values = np.asarray(values)
+        smooth = values.reshape(len(values), -1, block).mean(axis=2)
+        steps = (np.arange(smooth.shape[1]) + 0.5) * block
+        lines = ax.plot(steps, smooth.T, dash, color=color(thing), alpha=0.8, linewidth=1.4)
+        lines[0].set_label(label)
+    ax.set(xlabel="step", ylabel="training loss", ylim=(0, 1.3 * ax.get_ylim()[1]))
+    ax.legend(loc="upper right", ncols=2)
+    plt.close(figure)
+    return figure
+
+
+def spreads(without: ArrayLike, with_norm: ArrayLike) -> Figure:
+    """Show the spread of what each node hands on while training, each (steps, nodes)."""
+    figure, ax = plt.subplots()
+    looks = ((without, "z", "--", "$z$, without"), (with_norm, "y", "-", "$y$, with batch norm"))
+    for values, thing, dash, label in looks:
+        lines = ax.plot(np.asarray(values), dash, color=color(thing), linewidth=1.2)
+        lines[0].set_label(label)
+    ax.set(xlabel="step", ylabel="standard deviation", ylim=(0, 1.25 * ax.get_ylim()[1]))
+    ax.legend(loc="upper left", ncols=2)
+    plt.close(figure)
+    return figure
+
+
+def training(
+    curves: tuple[ArrayLike, ArrayLike],
+    ends: tuple[ArrayLike, ArrayLike],
+    rates: ArrayLike,
+    rate: float,
+    block: int,
+    cap: float,
+) -> Figure:
+    """Show the losses over the steps at one learning rate, and at the end for all of them.
+
+    curves: with batch norm and without, one mean per block of steps, up to cap. ends: the last
+    losses, one per rate.
+    """
+    figure, (left, right) = plt.subplots(1, 2, sharey=True)
+    looks = (("with", "-", "y"), ("without", "--", "muted"))
+    for (label, dash, thing), curve, end in zip(looks, curves, ends, strict=True):
+        steps = (np.arange(len(np.asarray(curve))) + 0.5) * block
+        left.plot(steps, curve, dash, color=color(thing), label=label)
+        right.semilogx(rates, end, dash, color=color(thing))
+    right.axvline(rate, color=color("ink"), linewidth=1)
+    left.set(xlabel="step", ylabel="loss", ylim=(0, cap), title=f"learning rate {rate:g}")
+    left.legend(loc="upper right")
+    right.set(xlabel="learning rate", title="at the end, by rate")
+    plt.close(figure)
+    return figure
+
+
+def gradient_sizes(sizes: dict[tuple[str, bool], ArrayLike]) -> Figure:
+    """Show the gradient's size from layer 2 on; keys: (initial weights, whether batch norm)."""
+    figure, ax = plt.subplots()
+    marks = dict(zip(dict.fromkeys(start for start, _ in sizes), "^os", strict=False))
+    for (start, norm), values in sizes.items():
+        values = np.asarray(values)
+        label = f"{start}, {'with' if norm else 'without'}"
+        look = {"linestyle": "-" if norm else "--", "color": color("y" if norm else "muted")}
+        layers = np.arange(2, len(values) + 2)
+        ax.semilogy(layers, values, marker=marks[start], markersize=4, label=label, **look)
+    ax.set(xlabel="layer", ylabel="size of the gradient", xticks=(2, 5, 10, 15, 20))
+    ax.legend()
+    plt.close(figure)
+    return figure
+
+
+def along_gradient(without: ArrayLike, with_norm: ArrayLike, steps: ArrayLike) -> Figure:
+    """Show the lowest and highest loss along the gradient at some steps, each (steps, 2)."""
+    figure, ax = plt.subplots()
+    looks = ((without, "without batch norm", "muted"), (with_norm, "with batch norm", "y"))
+    for bounds, label, thing in looks:
+        low, high = np.asarray(bounds).T
+        ax.fill_between(steps, low, high, color=color(thing), alpha=0.4, lw=0, label=label)
+        ax.plot(steps, low, steps, high, color=color(thing), linewidth=1)
+    ax.set(xlabel="step", ylabel="loss along the gradient", ylim=(0, None))
+    ax.legend()
+    plt.close(figure)
+    return figure
+
+
+def noise(sizes: ArrayLike, noises: dict[str, ArrayLike]) -> Figure:
+    """Show kinds of noise against the batch size; the lines fall like its inverse root."""
+    sizes = np.asarray(sizes)
+    figure, ax = plt.subplots()
+    for (label, values), mark, thing in zip(
+        noises.items(), "o^s", ("z", "z_hat", "activation"), strict=False
+    ):
+        values = np.asarray(values)
+        scale = values[-1] * sizes[-1] ** 0.5
+        ax.loglog(sizes, scale / sizes**0.5, color=color(thing), linewidth=1)
+        ax.loglog(sizes, values, mark, color=color(thing), label=label)
+    ax.set(xlabel="batch size", ylabel="noise", xticks=sizes, xticklabels=sizes)
+    ax.minorticks_off()
+    ax.legend()
+    plt.close(figure)
+    return figure

@@ -10,6 +10,7 @@ import torch
 
 from bnlib.book import exercises
 from bnlib.book.exercises import EXERCISES
+from bnlib.scratch.layers import Linear
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
 
@@ -52,6 +53,16 @@ def backward_line(gamma, std, mean, dgamma, dbeta, m):
     return gamma / std, slope, -gamma * dbeta / (m * std) - slope * mean
 
 
+def normalize_once(model, x, go_on=True):
+    for layer in model.layers:
+        z = layer(x)
+        if isinstance(layer, Linear):
+            layer.bias -= z.mean(axis=0)
+            layer.weight /= z.std(axis=0)[:, None]
+            layer.bias /= z.std(axis=0)
+        x = layer(x) if go_on else z
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -68,6 +79,9 @@ RIGHT = {
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size * trips / speed,
     "06.2": lambda total, square, m: (square - total**2 / m) / square,
     "06.3": backward_line,
+    "05.1": lambda n, m: n // m * n,
+    "05.2": 400,
+    "05.3": normalize_once,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -88,6 +102,9 @@ WRONG = {  # the mistakes that the exercises are about
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size / speed,
     "06.2": lambda total, square, m: 1 - total**2 / square,
     "06.3": lambda gamma, std, mean, *sums: backward_line(gamma, std, 0 * mean, *sums),
+    "05.1": lambda n, m: n,
+    "05.2": 20,
+    "05.3": lambda model, x: normalize_once(model, x, go_on=False),
 }
 
 

@@ -117,12 +117,21 @@ def draw_variance(rng):
     return data, {"mean": rng.uniform(0, 7), "std": rng.uniform(-3, 2)}
 
 
+def draw_training(rng):
+    curves = rng.uniform(0, 3, (3, 2, 7, 31)).round(3).tolist()
+    starts = [{"name": f"start {i}", "with": a, "without": b} for i, (a, b) in enumerate(curves)]
+    rates = (10 ** np.arange(-2, 1.5, 0.5)).tolist()
+    params = {"rate": 10 ** rng.uniform(-2, 1), "start": int(rng.integers(3))}
+    return {"rates": rates, "starts": starts, "block": 4, "cap": 3}, params
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
     "backward": draw_backward,
     "running": draw_running,
     "variance": draw_variance,
+    "training": draw_training,
 }
 
 

@@ -53,6 +53,12 @@ STEPS = {
         ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
         ("slider", "mean", "End", {"mean": 7.0}),
     ],
+    "training": [
+        ("slider", "learning rate", "End ArrowLeft ArrowLeft", {"rate": 1.0}),
+        ("combobox", "initial weights", 0, {"start": 0}),
+        ("slider", "learning rate", "Home ArrowRight", {"rate": 10**-1.5}),
+        ("combobox", "initial weights", 3, {"start": 3}),
+    ],
 }
 
 
@@ -86,12 +92,18 @@ def said_by_variance(result, params):
     return list(result["digits"])
 
 
+def said_by_training(result, params):
+    last = result["last"]
+    return [params["rate"], 5 * result["block"], last["with"], last["without"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
     "running": said_by_running,
     "variance": said_by_variance,
+    "training": said_by_training,
 }
 
 
