@@ -284,7 +284,8 @@ def test_mixed_types_come_back_as_they_came(core):
     for dtype in (np.float16, np.float64):
         dx, *_ = fast.batch_norm_backward(dy.astype(dtype), cache)
         assert dx.dtype == dtype
-        tolerance = 1e-3 if dtype == np.float16 else 1e-6
+        in_float64 = 1e-11 if core == "numba" else 1e-6  # NumPy took the statistics in float32
+        tolerance = 1e-3 if dtype == np.float16 else in_float64
         np.testing.assert_allclose(dx, expected, rtol=tolerance, atol=10 * tolerance)
 
 
