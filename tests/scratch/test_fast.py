@@ -112,22 +112,23 @@ def assert_equals_functional(x, gamma, beta, dy, eps=EPS, out=lambda like: None)
     # far from 0 a float64 mean is itself rounded, on both sides
     computing = computing + 4e-16 * np.abs(mean) / kept.std
 
-    # two roundings of each term of the line, and one of the result
+    # a few roundings of each term of the line, of which one is that of the statistics
     largest = np.abs(gamma) * (z.max(axes) + 1) + np.abs(beta)
-    assert_within(y, exact, 2 * computing * largest + step * np.abs(exact).max(axes))
-    assert_within(y_eval, exact, 2 * computing * largest + step * np.abs(exact).max(axes))
-    assert np.all(np.abs(cache.var - var) <= 4 * computing * var)
-    assert np.all(np.abs(cache.mean - mean) <= computing * np.sqrt(var) + 1e-15 * np.abs(mean))
+    assert_within(y, exact, 4 * computing * largest + step * np.abs(exact).max(axes))
+    assert_within(y_eval, exact, 4 * computing * largest + step * np.abs(exact).max(axes))
+    # float32 sums of a few hundred values, added up in float64
+    assert np.all(np.abs(cache.var - var) <= 16 * computing * var)
+    assert np.all(np.abs(cache.mean - mean) <= 4 * computing * np.sqrt(var) + 1e-15 * np.abs(mean))
 
     slope = np.abs(gamma) / kept.std
     largest = slope * np.abs(wide(dy)).max(axes) * (2 + z.max(axes) ** 2)
-    assert_within(dx, exact_dx, 3 * computing * largest + step * np.abs(exact_dx).max(axes))
+    assert_within(dx, exact_dx, 8 * computing * largest + step * np.abs(exact_dx).max(axes))
     straight = wide(dy) * per_channel(gamma / kept.std, x.ndim)
     assert_within(dx_eval, straight, 4 * step * np.abs(straight).max(axes))
     terms = [(np.abs(wide(dy)) * z).sum(axes), np.abs(wide(dy)).sum(axes)]
     for grads in ([dgamma, dbeta], [dgamma_eval, dbeta_eval]):
         for grad, exact_grad, size in zip(grads, exact_grads, terms, strict=True):
-            assert np.all(np.abs(grad - exact_grad) <= 3 * computing * size)
+            assert np.all(np.abs(grad - exact_grad) <= 8 * computing * size)
 
 
 def assert_within(ours, exact, bound):
@@ -283,7 +284,8 @@ def test_mixed_types_come_back_as_they_came(core):
     for dtype in (np.float16, np.float64):
         dx, *_ = fast.batch_norm_backward(dy.astype(dtype), cache)
         assert dx.dtype == dtype
-        tolerance = 1e-3 if dtype == np.float16 else 1e-6
+        in_float64 = 1e-11 if core == "numba" else 1e-6  # NumPy took the statistics in float32
+        tolerance = 1e-3 if dtype == np.float16 else in_float64
         np.testing.assert_allclose(dx, expected, rtol=tolerance, atol=10 * tolerance)
 
 
