@@ -32,9 +32,10 @@ def available(x: Tensor, *others: Tensor | None, eps: float) -> bool:
     if x.dtype not in TYPES or not 0 < eps < math.inf or torch._C._len_torch_dispatch_stack():
         return False
     for tensor in (x, *others):
-        if tensor is not None and not (
-            type(tensor) in PLAIN and tensor.is_cpu and tensor.numel() and not tensor.is_neg()
-        ):
+        if tensor is None:
+            continue
+        own_memory = type(tensor) in PLAIN and torch._C._has_storage(tensor)
+        if not (own_memory and tensor.is_cpu and tensor.numel() and not tensor.is_neg()):
             return False
     return True
 

@@ -43,8 +43,8 @@ HALVES = (torch.float16, torch.bfloat16)
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each channel.
 
-    x: floats, shape (N, C) or (N, C, *spatial). Returns two float64 vectors (float32 on a device
-    that has no float64); an empty batch gives NaN.
+    x: floats, shape (N, C) or (N, C, *spatial). Returns two vectors (C,), float64 (float32 on a
+    device that has no float64); an empty batch gives zeros.
 
     The variance is taken of what is left after a first mean is subtracted: squares of x itself
     would lose it as soon as the mean is some thousand times the spread. That first mean is a
@@ -52,10 +52,11 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Source: Ioffe and Szegedy (2015), Algorithm 1, lines 1 and 2.
     """
     x, axes, wide = _at_least_float32(x), _batch_axes(x), statistics_dtype(x)
-    shift = x.detach().mean(axes)
+    count = max(_count(x), 1)
+    shift = x.detach().sum(axes) / count
     rest = x - _per_channel(shift, x)
-    rest_mean = rest.mean(axes).to(wide)
-    var = rest.square().mean(axes).to(wide) - rest_mean.square()
+    rest_mean = rest.sum(axes).to(wide) / count
+    var = rest.square().sum(axes).to(wide) / count - rest_mean.square()
     return shift.to(wide) + rest_mean, var.clamp_min(0)  # a constant channel may round below 0
 
 
@@ -83,7 +84,7 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor,
     """
     dy, axes = _at_least_float32(dy), _batch_axes(x)
     sum_dy_centered = (dy * _centered(x, mean)).sum(axes)
-    return dy.sum(axes).to(mean.dtype), sum_dy_centered.to(mean.dtype) * invstd
+    return dy.sum(axes).to(invstd.dtype), sum_dy_centered.to(invstd.dtype) * invstd
 
 
 def input_gradient(
@@ -386,7 +387,7 @@ class _BatchStatistics(torch.autograd.Function):
             given = mean, var, weight, ctx.eps
             dx, *sums = cpu.batch_norm_backward(dy, x, *given, _empty_for(x))
         else:
-            core = PLAIN if again else _core(x)
+            core = PLAIN if again else _core(x, dy)
             mean, var = moments(x) if again else (mean, var)
             invstd = _inverse_std(var, ctx.eps)
             sums = core.reduce(dy, x, mean, invstd)
@@ -424,7 +425,7 @@ class _GivenStatistics(torch.autograd.Function):
             dx, *sums = cpu.inference_backward(dy, x, *given, _empty_for(x))
         else:
             invstd = _inverse_std(var, ctx.eps)
-            sums = (PLAIN if again else _core(x)).reduce(dy, x, mean, invstd)
+            sums = (PLAIN if again else _core(x, dy)).reduce(dy, x, mean, invstd)
             dx = _at_least_float32(dy) * _scale(x, invstd, weight)
             dx = _laid_out_as(dx.to(x.dtype), x)
         return dx, *_vector_gradients(sums, weight, ctx.bias), None, None, None
@@ -454,11 +455,9 @@ def _move(
 ) -> None:
     """Move the running statistics toward the batch's, whose variance goes in unbiased."""
     if running_mean is not None and running_var is not None and count:
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(running_mean)
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        unbiased = var * (count / (count - 1))
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+        unbiased = var * count / (count - 1)
+        running_mean.mul_(1 - momentum).add_(momentum * mean)
+        running_var.mul_(1 - momentum).add_(momentum * unbiased)
 
 
 class _Move(torch.autograd.Function):
@@ -513,9 +512,9 @@ def _is_transformed() -> bool:
 PLAIN = sys.modules[__name__]
 
 
-def _core(x: Tensor) -> Any:
+def _core(x: Tensor, *others: Tensor) -> Any:
     """Return who takes the four steps for x: this module, or its replacement on x's device."""
-    kernels = _kernels() if x.is_cuda else None
+    kernels = _kernels() if x.is_cuda and all(map(torch._C._has_storage, (x, *others))) else None
     return kernels if kernels is not None and kernels.available(x) else PLAIN
 
 
