@@ -370,6 +370,7 @@ class _BatchStatistics(torch.autograd.Function):
         momentum: float | Tensor,
         eps: float,
     ) -> Tensor:
+        """Take the forward steps, and move the running statistics."""
         count = _count(x)
         if count > 1 and cpu.available(x, weight, bias, eps=eps):
             y, mean, var = cpu.batch_norm(x, weight, bias, eps, _empty_for(x))
@@ -384,6 +385,7 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
+        """Take the backward steps."""
         x, weight, mean, var = ctx.saved_tensors
         again = _is_derived_again()
         if not again and ctx.count > 1 and cpu.available(dy, x, eps=ctx.eps):
@@ -411,6 +413,7 @@ class _GivenStatistics(torch.autograd.Function):
         var: Tensor,
         eps: float,
     ) -> Tensor:
+        """Normalize; the statistics stay where they are."""
         if cpu.available(x, weight, bias, mean, var, eps=eps):
             y = cpu.inference(x, mean, var, weight, bias, eps, _empty_for(x))
         else:
@@ -421,6 +424,7 @@ class _GivenStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
+        """Send dy straight back: dx = dy * invstd * weight."""
         x, weight, mean, var = ctx.saved_tensors
         again = _is_derived_again()
         if not again and cpu.available(dy, x, mean, eps=ctx.eps):
@@ -478,6 +482,7 @@ class _Move(torch.autograd.Function):
     def forward(
         running_mean: Tensor | None, running_var: Tensor | None, *batch: Any
     ) -> Tensor | None:
+        """Refuse to write a batch of statistics to one; else move."""
         running = [v for v in (running_mean, running_var) if v is not None]
         is_batched = torch._C._functorch.is_batchedtensor
         if is_batched(batch[1]) and not all(map(is_batched, running)):
