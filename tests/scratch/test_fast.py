@@ -112,22 +112,23 @@ def assert_equals_functional(x, gamma, beta, dy, eps=EPS, out=lambda like: None)
     # far from 0 a float64 mean is itself rounded, on both sides
     computing = computing + 4e-16 * np.abs(mean) / kept.std
 
-    # two roundings of each term of the line, and one of the result
+    # a few roundings of each term of the line, of which one is that of the statistics
     largest = np.abs(gamma) * (z.max(axes) + 1) + np.abs(beta)
-    assert_within(y, exact, 2 * computing * largest + step * np.abs(exact).max(axes))
-    assert_within(y_eval, exact, 2 * computing * largest + step * np.abs(exact).max(axes))
-    assert np.all(np.abs(cache.var - var) <= 4 * computing * var)
-    assert np.all(np.abs(cache.mean - mean) <= computing * np.sqrt(var) + 1e-15 * np.abs(mean))
+    assert_within(y, exact, 4 * computing * largest + step * np.abs(exact).max(axes))
+    assert_within(y_eval, exact, 4 * computing * largest + step * np.abs(exact).max(axes))
+    # float32 sums of a few hundred values, added up in float64
+    assert np.all(np.abs(cache.var - var) <= 16 * computing * var)
+    assert np.all(np.abs(cache.mean - mean) <= 4 * computing * np.sqrt(var) + 1e-15 * np.abs(mean))
 
     slope = np.abs(gamma) / kept.std
     largest = slope * np.abs(wide(dy)).max(axes) * (2 + z.max(axes) ** 2)
-    assert_within(dx, exact_dx, 3 * computing * largest + step * np.abs(exact_dx).max(axes))
+    assert_within(dx, exact_dx, 8 * computing * largest + step * np.abs(exact_dx).max(axes))
     straight = wide(dy) * per_channel(gamma / kept.std, x.ndim)
     assert_within(dx_eval, straight, 4 * step * np.abs(straight).max(axes))
     terms = [(np.abs(wide(dy)) * z).sum(axes), np.abs(wide(dy)).sum(axes)]
     for grads in ([dgamma, dbeta], [dgamma_eval, dbeta_eval]):
         for grad, exact_grad, size in zip(grads, exact_grads, terms, strict=True):
-            assert np.all(np.abs(grad - exact_grad) <= 3 * computing * size)
+            assert np.all(np.abs(grad - exact_grad) <= 8 * computing * size)
 
 
 def assert_within(ours, exact, bound):
@@ -145,7 +146,7 @@ def assert_within(ours, exact, bound):
     result=st.sampled_from([None, "same", "gaps", "C"]),
     mean=st.sampled_from([0, 1, -3, 50, 1e3]),
     std=st.sampled_from([1e-2, 1, 30]),
-    pieces=st.sampled_from([(2**18, 2**13, 16), (16, 8, 2), (64, 1, 2), (12, 12, 1)]),
+    pieces=st.sampled_from([(2**18, 2**13, 16), (16, 8, 2), (64, 1, 2), (24, 12, 1)]),
     core=st.sampled_from(list(CORES)),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -233,6 +234,13 @@ def test_a_first_sample_far_from_the_rest_does_not_spoil_the_variance(core):
         assert_equals_functional(x, gamma, beta, dy)
 
 
+def test_a_first_value_far_from_the_rest_costs_no_digits(core):
+    x = np.random.default_rng(0).standard_normal((200_000, 2))
+    x[0] = 1e4  # sums about it lose five digits
+    exact = functional.moments(x.astype(np.longdouble))[1]
+    np.testing.assert_allclose(fast.moments(x)[1], exact, rtol=1e-13)
+
+
 def test_a_constant_channel_has_variance_zero_and_gives_beta(core):
     for dtype in (np.float32, np.float64):
         x = np.broadcast_to(np.array([0.1, 0, -1e6], dtype), (33, 3))
@@ -283,7 +291,8 @@ def test_mixed_types_come_back_as_they_came(core):
     for dtype in (np.float16, np.float64):
         dx, *_ = fast.batch_norm_backward(dy.astype(dtype), cache)
         assert dx.dtype == dtype
-        tolerance = 1e-3 if dtype == np.float16 else 1e-6
+        in_float64 = 1e-11 if core == "numba" else 1e-6  # NumPy took the statistics in float32
+        tolerance = 1e-3 if dtype == np.float16 else in_float64
         np.testing.assert_allclose(dx, expected, rtol=tolerance, atol=10 * tolerance)
 
 
@@ -359,7 +368,7 @@ class TestOut:
             (lambda x, dy: np.full((4, 2), 7, "f4"), ValueError, r"shape \(4, 3\), got \(4, 2\)"),
             (lambda x, dy: np.full((4, 3), 7.0), TypeError, "array of float32, got float64"),
             (lambda x, dy: [[7] * 3] * 4, TypeError, "array of float32, got list"),
-            (lambda x, dy: np.broadcast_to(np.float32(7), (4, 3)), ValueError, "read-only"),
+            (lambda x, dy: np.broadcast_to(np.float32(7), (4, 3)), ValueError, r"got \(4, 3\), r"),
             (lambda x, dy: x, ValueError, "share no memory with the input"),
             (lambda x, dy: x[::-1], ValueError, "share no memory"),
             (lambda x, dy: dy, ValueError, "share no memory"),
@@ -388,10 +397,11 @@ class TestOut:
         np.testing.assert_array_equal(dy, before[1])
         assert np.shares_memory(out, x) or np.shares_memory(out, dy) or (np.array(out) == 7).all()
 
-    def test_an_out_that_overlaps_by_a_part_is_refused(self, core):
-        room = np.zeros((9, 3), np.float32)
-        with pytest.raises(ValueError, match="share no memory"):
-            fast.batch_norm_inference(room[:8], *[np.ones(3)] * 4, out=room[1:])
+    def test_an_out_that_overlaps_otherwise_is_refused(self, core):
+        room = np.zeros((9, 8), np.float32)
+        for x, out in [(room[:8], room[1:]), (room[:8], room[:8].T)]:
+            with pytest.raises(ValueError, match="share no memory"):
+                fast.batch_norm_inference(x, *[np.ones(8)] * 4, out=out)
         assert not room.any()
 
 
