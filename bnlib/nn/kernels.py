@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnlib.nn import functional
+
 try:
     import triton
     import triton.language as tl
@@ -66,7 +68,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each channel.
 
     x: floats, shape (N, C) or (N, C, *spatial). Returns two tensors of shape (C,), float32, or
-    float64 if x is. An empty batch gives zeros. A NaN stays in its channel.
+    float64 if x is. An empty batch gives NaN. A NaN stays in its channel.
 
     The variance is that of x - first, where first is the channel's first value: subtracting it
     moves the mean, not the variance, and what is left is as small as the spread. So a mean of
@@ -77,7 +79,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x, shape = _as_ncs(x)
     C, dtype = shape[1], _ACCUMULATOR[x.dtype]
-    mean, var = (torch.zeros(C, dtype=dtype, device=x.device) for _ in range(2))
+    mean, var = (torch.full((C,), torch.nan, dtype=dtype, device=x.device) for _ in range(2))
     if x.numel():
         tiling = _tiling(*shape)
         chunks = torch.empty(2, tiling["P"], C, dtype=dtype, device=x.device)
@@ -140,14 +142,14 @@ def input_gradient(
     weight: Tensor | None,
     sum_dy: Tensor,
     sum_dy_z_hat: Tensor,
-    count: int,
+    count: int | Tensor,
 ) -> Tensor:
     """Return dx = weight * invstd * (dy - mean(dy) - z_hat * mean(dy * z_hat)).
 
     dy, x, mean, invstd, weight: as in `reduce` and `normalize`. sum_dy, sum_dy_z_hat: from
     `reduce`, shape (C,). count: how many values of a channel they were taken over; with statistics
-    shared between devices, those of all devices. Returns dx, typed and shaped as x, in its memory
-    format.
+    shared between devices, those of all devices, which a tensor says without a wait for the GPU.
+    Returns dx, typed and shaped as x, in its memory format.
 
     Raises ValueError if `available(x)` is False, x has fewer than two dimensions, dy is not of x's
     shape and device or a vector is not of shape (C,).
@@ -155,6 +157,8 @@ def input_gradient(
     """
     x, shape = _as_ncs(x)
     dy = _gradient_like(dy, x)
+    if isinstance(count, Tensor):
+        sum_dy, sum_dy_z_hat, count = sum_dy / count, sum_dy_z_hat / count, 1
     vectors = _vectors(
         x, mean=mean, invstd=invstd, weight=weight, sum_dy=sum_dy, sum_dy_z_hat=sum_dy_z_hat
     )
@@ -373,7 +377,7 @@ def _input_gradient(
 
 
 def _as_ncs(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Return x, copied only if its memory is in no order that we can read, and its (N, C, S)."""
+    """Return x and its (N, C, S); a copy if there are gaps in its memory, or another order."""
     if x.ndim < 2:
         raise ValueError(
             f"expected 2 or more dimensions, (N, C) or (N, C, *spatial), got {tuple(x.shape)}"
@@ -383,15 +387,10 @@ def _as_ncs(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
             f"expected a tensor that the GPU kernels can take, got {x.dtype} on {x.device}; ask "
             "bnlib.nn.kernels.available first, and use bnlib.nn.functional otherwise"
         )
+    if not x.is_contiguous():
+        x = x.contiguous(memory_format=functional._memory_format(x))
     N, C, S = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    if not x.is_contiguous() and _is_channels_last(x):
-        return x, (N * S, C, 1)
-    return x.contiguous(), (N, C, S)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+    return x, (N, C, S) if x.is_contiguous() else (N * S, C, 1)
 
 
 def _gradient_like(dy: Tensor, x: Tensor) -> Tensor:
