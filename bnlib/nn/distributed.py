@@ -128,7 +128,8 @@ def _moments_of_all(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     everybody = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everybody, own, group=group)
 
-    counts, means, m2s = torch.stack(everybody).split((1, C, C), dim=1)
+    table = torch.stack(everybody)  # one row per process
+    counts, means, m2s = table[:, :1], table[:, 1 : 1 + C], table[:, 1 + C :]
     count = counts.sum()
     # If the whole batch has one value, then nobody has two: others need not wait for their GPU.
     if own_count <= 1 and count.item() == 1:
