@@ -77,9 +77,7 @@ def sync_batch_norm(
         for old, batch in ((running_mean, mean), (running_var, unbiased)):
             if old is not None:
                 moved = old + momentum * (batch - old)
-                old.copy_(
-                    torch.where(count > 0, moved, old)
-                )  # a batch without values moves nothing
+                old.copy_(torch.where(count > 0, moved, old))  # no values move nothing
     return y
 
 
