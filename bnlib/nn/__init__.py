@@ -6,6 +6,7 @@ model = bnn.convert(model)      # every torch.nn batch norm of a model
 layer = bnn.BatchNorm2d(64)     # or one at a time
 """
 
+from bnlib.nn import functional
 from bnlib.nn.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -43,5 +44,6 @@ __all__ = [
     "LazyInstanceNorm3d",
     "RMSNorm",
     "convert",
+    "functional",
     "revert",
 ]
