@@ -158,8 +158,9 @@ def batch_norm(
     """
     given = {"running_mean": running_mean, "running_var": running_var}
     _check_batch(input, given, training, momentum, eps)
-    if input.numel():
-        _check_vectors(input, {**given, "weight": weight, "bias": bias})
+    if not input.numel():
+        return _nothing(input, weight, bias)
+    _check_vectors(input, {**given, "weight": weight, "bias": bias})
     if training:
         running = running_mean, running_var, momentum
         return _with_batch_statistics(input, weight, bias, *running, eps)
@@ -199,22 +200,15 @@ def instance_norm(
     _check_batch(input, given, use_input_stats, momentum)
     if input.numel():
         _check_vectors(input, {"weight": weight, "bias": bias})
-        _check_lengths(input, given)
+        _check_places(input, given)
     if not use_input_stats:
         assert running_mean is not None
         assert running_var is not None
         return _with_given_statistics(input, weight, bias, running_mean, running_var, eps)
     N, C, *spatial = input.shape
-    mean, var, weight, bias = (
-        None if v is None else v.reshape(-1).repeat(N)
-        for v in (running_mean, running_var, weight, bias)
-    )
+    weight, bias = (None if v is None else v.reshape(-1).repeat(N) for v in (weight, bias))
     rows = input.reshape(1, N * C, *spatial)
-    y = _with_batch_statistics(rows, weight, bias, mean, var, momentum, eps)
-    if input.numel():
-        for running, moved in ((running_mean, mean), (running_var, var)):
-            if running is not None and moved is not None:
-                running.copy_(moved.reshape(N, C).mean(0))
+    y = _with_batch_statistics(rows, weight, bias, running_mean, running_var, momentum, eps)
     return y.reshape(input.shape)
 
 
@@ -270,6 +264,7 @@ def layer_norm(
     _check_tensors(input=input, weight=weight, bias=bias)
     shape = _check_last_axes(input, normalized_shape, {"weight": weight, "bias": bias})
     _check_types(input, {"weight": weight, "bias": bias})
+    _check_floats(input, "layer_norm")
     input, weight, bias = _as_autocast_wants(input, weight, bias)
     x, values = _at_least_float32(input), math.prod(shape)
     y = _normalize_rows(x, math.prod(input.shape[: -len(shape)]), values, eps)
@@ -342,6 +337,14 @@ def _with_given_statistics(
     if _is_left_to_autograd():
         return normalize(x, mean, _inverse_std(var, eps), weight, bias)
     y: Tensor = _GivenStatistics.apply(x, weight, bias, mean, var, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _nothing(x: Tensor, *vectors: Tensor | None) -> Tensor:
+    """Return an empty x as y; the gradients for the vectors are sums of nothing, so zeros."""
+    y = x.clone()
+    for vector in vectors:
+        y = y if vector is None else y + vector.sum().to(x.dtype)
     return y
 
 
@@ -453,9 +456,15 @@ def _move(
     var: Tensor,
     count: int,
 ) -> None:
-    """Move the running statistics toward the batch's, whose variance goes in unbiased."""
-    if running_mean is not None and running_var is not None and count:
+    """Move the running statistics toward the batch's, whose variance goes in unbiased.
+
+    mean, var: (C,); or (N * C,), one for each channel of each example, whose averages are taken.
+    """
+    if running_mean is not None and running_var is not None and mean.numel() and count:
         unbiased = var * count / (count - 1)
+        if mean.numel() != running_mean.numel():
+            C = running_mean.numel()
+            mean, unbiased = mean.reshape(-1, C).mean(0), unbiased.reshape(-1, C).mean(0)
         running_mean.mul_(1 - momentum).add_(momentum * mean)
         running_var.mul_(1 - momentum).add_(momentum * unbiased)
 
@@ -661,18 +670,23 @@ def _check_batch(
 
 def _check_vectors(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
     _check_tensors(**vectors)
-    _check_lengths(x, vectors)
+    _check_places(x, vectors)
     _check_floats(x, "batch_norm")
     _check_types(x, vectors)
 
 
-def _check_lengths(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
+def _check_places(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
     C = x.shape[1]
     for name, vector in vectors.items():
         if vector is not None and vector.numel() != C:
             raise RuntimeError(
                 f"{name} should contain {C} elements not {vector.numel()}: one for each channel "
                 f"of an input of shape {tuple(x.shape)}"
+            )
+        if vector is not None and vector.device != x.device:
+            raise RuntimeError(
+                f"Tensor on device {vector.device} is not on the expected device {x.device}: "
+                f"{name} must lie where the input does; move the module: .to(input.device)"
             )
         if vector is not None and vector.dim() != 1 and name.startswith("running"):
             raise RuntimeError(f"{name} should have 1 dimension, got shape {tuple(vector.shape)}")

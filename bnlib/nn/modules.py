@@ -36,7 +36,7 @@ def one_node(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor]
 
     @wraps(forward)
     def checked(self: Any, input: Tensor) -> Any:
-        if not isinstance(input, Proxy):
+        if isinstance(input, Tensor) or not isinstance(input, Proxy):
             return forward(self, input)
         tracer: Any = input.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
