@@ -374,7 +374,7 @@ def training_with_ddp_is_training_on_the_whole_batch(world):
 
 @check
 def two_forwards_through_ddp(world):
-    """An ordinary batch norm fails here: its buffers are broadcast between the forwards."""
+    """The buffers are broadcast between the forwards; what the backward needs is not in them."""
     spread = DistributedDataParallel(convert_sync_batchnorm(network()))
     first, second = (spread(draw((4, 2, 5, 5), seed=seed)) for seed in (0, 1))
     (first - second).square().sum().backward()
