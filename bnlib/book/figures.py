@@ -190,9 +190,8 @@ def answers(image: ArrayLike, scores: ArrayLike, fixed: ArrayLike | None = None)
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 2.6), figsize=(WIDTH, 2.4))
     left.imshow(np.asarray(image), vmin=0, vmax=1)
     left.axis("off")
-    beside = np.linspace(
-        -0.3, 0.3, len(scores)
-    )  # so that dots of one height do not cover each other
+    # Side by side, so that dots of one height do not cover each other.
+    beside = np.linspace(-0.3, 0.3, len(scores))
     for k, column in enumerate(scores.T):
         right.plot(k + beside, column, "o", color=color("train"), alpha=0.4, markersize=2.5,
                    markeredgewidth=0)  # fmt: skip
@@ -262,12 +261,11 @@ def roofline(points: dict[str, tuple[float, float]], bandwidth: float, peak: flo
     return figure
 
 
-def digits_right(digits: ArrayLike, names: ArrayLike) -> Figure:
+def digits_right(digits: ArrayLike, names: list[str]) -> Figure:
     """Show how many digits several ways get right, one bar each."""
     figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
-    ax.bar(range(len(np.asarray(names))), np.asarray(digits), color=color("y"), alpha=0.6)
-    ax.set(xticks=range(len(np.asarray(names))), ylabel="right digits", ylim=(0, 8.4))
-    ax.set_xticklabels([str(name).replace("_", " ") for name in np.asarray(names)])
+    ax.bar(names, np.asarray(digits), color=color("y"), alpha=0.6)
+    ax.set(ylabel="right digits", ylim=(0, 8.4))
     plt.close(figure)
     return figure
 

@@ -5,7 +5,7 @@ one value per node). Vectors are float64 of shape (C,). Each function reads its 
 that stay in the processor's cache, and does all that it has to do to a piece while it is there.
 
 Two facts carry the accuracy. The sums of x - shift and of its square do not cancel when the shift
-lies near the mean, so one pass gives mean and variance. And x - hi loses nothing when hi is the
+lies near the mean, so one pass gives mean and variance. And x - hi is rounded once when hi is the
 mean rounded to x's own type; what the rounding left over, lo = mean - hi, goes into the constant
 of the line. Where all means lie near 0 already, both subtractions are left out: shift and hi are 0.
 
