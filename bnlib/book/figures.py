@@ -270,3 +270,18 @@ def digits_right(digits: ArrayLike, names: ArrayLike) -> Figure:
     ax.set_xticklabels([str(name).replace("_", " ") for name in np.asarray(names)])
     plt.close(figure)
     return figure
+
+
+def in_step(losses: ArrayLike, others: ArrayLike) -> Figure:
+    """Show the losses of two runs, shape (steps,), and how far they are apart."""
+    losses, others = np.asarray(losses), np.asarray(others)
+    figure, (left, right) = plt.subplots(1, 2)
+    steps = np.arange(1, len(losses) + 1)
+    left.plot(steps, losses, color=color("muted"), label="PyTorch's")
+    left.plot(steps[::3], others[::3], "o", color=color("y"), markersize=4, label="ours")
+    left.set(xlabel="step", ylabel="loss")
+    left.legend()
+    right.semilogy(steps, np.maximum(abs(losses - others), 1e-17), color=color("ink"))
+    right.set(xlabel="step", ylabel="difference")
+    plt.close(figure)
+    return figure

@@ -67,7 +67,7 @@ def moments(x: ArrayLike) -> tuple[Array, Array]:
     if not x.size:
         return F.moments(x)  # raises
     with np.errstate(all="ignore"):
-        mean, var = _core(x).moments(_blocks(x, _memory_order(x)))
+        mean, var = _core(x).moments(_block(x, *_layout(x)))
     return mean, var
 
 
@@ -203,34 +203,37 @@ def _run(step: str, arrays: list[Array], vectors: tuple[Any, ...], out: Array) -
     """
     if not out.size:
         return None
-    order = _memory_order(arrays[-1])
-    target = _blocks(out, order)
+    order, shape = _layout(arrays[-1])
+    *blocks, target = (_block(a, order, shape) for a in (*arrays, out))
     with np.errstate(all="ignore"):
-        core = _core(*arrays)
-        results = getattr(core, step)(*(_blocks(a, order) for a in arrays), *vectors, target)
+        results = getattr(_core(*arrays), step)(*blocks, *vectors, target)
     if not np.may_share_memory(target, out):  # out lies otherwise in memory
-        out.transpose(order)[...] = target.reshape(out.transpose(order).shape)
+        view = out.transpose(order)
+        view[...] = target.reshape(view.shape)
     return results
 
 
-def _memory_order(x: Array) -> tuple[int, ...]:
-    """Return the axes in an order in which x has no gaps, or the usual order if there is none.
+def _layout(x: Array) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Return an order of x's axes in which it has no gaps, and its shape (N, C, L) in that order.
 
     In each order the channels are one axis: (C, N, *spatial), (N, C, *spatial) or (N, *spatial, C).
+    If x has gaps in all of them it is the usual one.
     """
-    spatial = range(2, x.ndim)
-    for order in ((1, 0, *spatial), (0, 1, *spatial), (0, *spatial, 1)):
-        if x.transpose(order).flags.c_contiguous:
-            return order
-    return (0, 1, *spatial)
+    N, C, *spatial = x.shape
+    places = tuple(range(2, x.ndim))
+    L = math.prod(spatial)
+    if x.flags.c_contiguous and N > 1 and C > 1:
+        return (0, 1, *places), (N, C, L)
+    if x.transpose(1, 0, *places).flags.c_contiguous:
+        return (1, 0, *places), (1, C, N * L)
+    if x.transpose(0, *places, 1).flags.c_contiguous:
+        return (0, *places, 1), (N * L, C, 1)
+    return (0, 1, *places), (N, C, L)
 
 
-def _blocks(x: Array, order: tuple[int, ...]) -> Array:
-    """View x as (N, C, L), its axes taken in the given order; copy it if it has gaps then."""
-    x = np.ascontiguousarray(x.transpose(order))
-    channels = order.index(1)
-    before, after = x.shape[:channels], x.shape[channels + 1 :]
-    return x.reshape(math.prod(before), x.shape[channels], math.prod(after))
+def _block(x: Array, order: tuple[int, ...], shape: tuple[int, int, int]) -> Array:
+    """View x as (N, C, L) in an order of its axes; copy it if it has gaps in that order."""
+    return np.ascontiguousarray(x.transpose(order)).reshape(shape)
 
 
 def _core(*arrays: Array) -> ModuleType:

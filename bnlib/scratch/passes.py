@@ -21,13 +21,13 @@ import numpy as np
 from bnlib.scratch.functional import Array
 
 CHUNK = 2**18  # values in a piece: a megabyte of float32, which stays in the cache of one core
-ROW = 2**13  # values in a row of a piece, at least: NumPy walks longer rows in one go
+ROW = 2**13  # values in a row of a piece, at least, and at most half a piece: NumPy likes long rows
 SHORT = 16  # positions up to which a channel's sums run over the samples first
 GUESSES = 16  # values of each channel that its shift is guessed from
 FAR = 9  # squared distance from the mean, in variances, up to which float32 bears a shift
 NEAR = 1  # the same, up to which x needs no centering
 
-Type = np.dtype[np.floating]
+FloatType = np.dtype[np.floating]
 
 
 def moments(x: Array, out: Array | None = None) -> tuple[Array, Array]:
@@ -106,7 +106,7 @@ def inference_backward(
     return gradients
 
 
-def _sums(x: Array, shift: Array, work: Type, out: Array | None) -> tuple[Array, Array]:
+def _sums(x: Array, shift: Array, work: FloatType, out: Array | None) -> tuple[Array, Array]:
     """Return the sums of x - shift and of its square over each channel."""
     total, squares = np.zeros((2, x.shape[1]))
     scratch = _scratch(x, work, out)
@@ -118,7 +118,7 @@ def _sums(x: Array, shift: Array, work: Type, out: Array | None) -> tuple[Array,
 
 
 def _gradients(
-    dy: Array, x: Array, mean: Array, std: Array, work: Type, dx: Array
+    dy: Array, x: Array, mean: Array, std: Array, work: FloatType, dx: Array
 ) -> tuple[Array, Array]:
     """Return dgamma and dbeta, the sums of dy * z_hat and of dy over each channel."""
     along, dbeta = np.zeros((2, x.shape[1]))
@@ -132,24 +132,24 @@ def _gradients(
     return (along - (mean - hi) * dbeta) / std, dbeta
 
 
-def _center(x: Array, mean: Array, var: Array, work: Type) -> Array:
+def _center(x: Array, mean: Array, var: Array, work: FloatType) -> Array:
     """Return hi: the means rounded to the working type, or zeros where all of them are near 0."""
     if x.dtype == work and _near(mean, var, NEAR):
         return np.zeros_like(mean)
     return _rounded(mean, work)
 
 
-def _rounded(vector: Array, work: Type) -> Array:
+def _rounded(vector: Array, work: FloatType) -> Array:
     return vector.astype(work).astype(np.float64)
 
 
 def _near(offset: Array, var: Array, far: float) -> bool:
     """Return whether all offsets are within sqrt(far) finite standard deviations."""
-    return bool(np.all((offset**2 <= far * var) & (var < np.inf)))
+    return bool((offset**2 <= far * var).all() and var.max() < np.inf)
 
 
 def _pieces(
-    arrays: list[Array], shift: Array | None, vectors: list[Array], work: Type
+    arrays: list[Array], shift: Array | None, vectors: list[Array], work: FloatType
 ) -> Iterator[tuple[slice, list[Array], Array | None, list[Array]]]:
     """Cut (N, C, L) arrays into pieces that stay in the cache; spread vectors to fit a row of them.
 
@@ -178,7 +178,7 @@ def _pieces(
                     yield chosen, cut, rows.pop() if shifts else None, rows
 
 
-def _sum(piece: Array, work: Type) -> Array:
+def _sum(piece: Array, work: FloatType) -> Array:
     """Add up a piece over all but its channels: within a row in the working type, then float64."""
     rows, _, _, positions = piece.shape
     if positions <= SHORT:
@@ -209,14 +209,14 @@ def _guess(x: Array) -> tuple[Array, Array]:
     step = np.arange(GUESSES)
     values = x[step * N // GUESSES, :, step * L // GUESSES].astype(np.float64)
     offset = values - values[0]  # exact where all values are equal
-    mean = offset.mean(axis=0)
-    return values[0] + mean, np.square(offset - mean).mean(axis=0)
+    mean = np.ones(GUESSES) @ offset / GUESSES
+    return values[0] + mean, np.einsum("gc,gc->c", offset, offset) / GUESSES - mean**2
 
 
-def _spread(vector: Array, shape: tuple[int, ...], work: Type) -> Array:
+def _spread(vector: Array, shape: tuple[int, ...], work: FloatType) -> Array:
     """Write out a vector for every place in a row."""
     row = np.empty(shape, work)
-    row[...] = vector[:, None]
+    row[...] = vector.astype(work)[:, None]
     return row
 
 
@@ -225,7 +225,7 @@ def _centered(piece: Array, shift: Array | None, room: Array) -> Array:
     return piece if shift is None else np.subtract(piece, shift, out=room)
 
 
-def _scratch(x: Array, work: Type, out: Array | None) -> Array:
+def _scratch(x: Array, work: FloatType, out: Array | None) -> Array:
     """Return room for a piece's intermediate results: in out, if out has the working type."""
     if out is not None and out.dtype == work:
         return out.reshape(-1)
@@ -241,6 +241,6 @@ def _shaped(scratch: Array, piece: Array) -> Array:
     return scratch[: piece.size].reshape(piece.shape)
 
 
-def _working_type(*arrays: Array) -> Type:
+def _working_type(*arrays: Array) -> FloatType:
     """Return the type to compute in: that of the arrays, at least float32."""
     return np.result_type(np.float32, *arrays)
