@@ -52,6 +52,12 @@ def backward_line(gamma, std, mean, dgamma, dbeta, m):
     return gamma / std, slope, -gamma * dbeta / (m * std) - slope * mean
 
 
+def frozen_backward(dy, x, weight, mean, invstd, axes=(0, 2, 3)):
+    mean, invstd = mean[:, None, None], invstd[:, None, None]
+    z_hat = (x - mean) * invstd
+    return dy * weight[:, None, None] * invstd, (dy * z_hat).sum(axes), dy.sum(axes)
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -68,6 +74,9 @@ RIGHT = {
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size * trips / speed,
     "06.2": lambda total, square, m: (square - total**2 / m) / square,
     "06.3": backward_line,
+    "07.1": frozen_backward,
+    "07.2": lambda batches_before: 1 / (1 + batches_before),
+    "07.3": lambda m: (m - 1) / m,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -88,6 +97,9 @@ WRONG = {  # the mistakes that the exercises are about
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size / speed,
     "06.2": lambda total, square, m: 1 - total**2 / square,
     "06.3": lambda gamma, std, mean, *sums: backward_line(gamma, std, 0 * mean, *sums),
+    "07.1": lambda dy, x, *given: (dy, *frozen_backward(dy, x, *given)[1:]),
+    "07.2": lambda batches_before: 1 / batches_before if batches_before else 1,
+    "07.3": lambda m: m / (m - 1),
 }
 
 
