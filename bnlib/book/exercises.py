@@ -257,3 +257,31 @@ def _normalize_once(normalize_once: Any) -> bool:
             return False
         x = ReLU()(z)
     return True
+
+
+@exercise(
+    "07.1",
+    "y = weight * invstd * (x - mean) + bias, and nothing in front of x moves with x: which path "
+    "of chapter 3 is left?",
+)
+def _frozen_backward(frozen_backward: Any) -> bool:
+    import torch
+
+    x, dy = (torch.tensor(sample((4, 3, 2, 5), seed)) for seed in (0, 1))
+    mean, invstd, weight = torch.tensor([[1.0, -2, 3], [0.5, 4, 1], [2, -1, 0.3]]).double()
+    var = invstd**-2
+    expected = functional.batch_norm_inference_backward(
+        *(v.numpy() for v in (dy, x, mean, var, weight)), eps=0
+    )
+    pairs = zip(frozen_backward(dy, x, weight, mean, invstd), expected, strict=True)
+    return all(close(answer, right) for answer, right in pairs)
+
+
+@exercise("07.2", "the first batch replaces the start entirely; the second is one of two.")
+def _momentum_of(momentum_of: Any) -> bool:
+    return all(close(momentum_of(n), 1 / (n + 1)) for n in (0, 1, 9))
+
+
+@exercise("07.3", "compare the sum of squares divided by m with the same sum divided by m - 1.")
+def _factor(factor: Any) -> bool:
+    return all(close(factor(m), 1 - 1 / m) for m in (2, 8, 32))

@@ -196,7 +196,7 @@ def answers(image: ArrayLike, scores: ArrayLike, fixed: ArrayLike | None = None)
         right.plot(k + beside, column, "o", color=color("train"), alpha=0.4, markersize=2.5,
                    markeredgewidth=0)  # fmt: skip
     if fixed is not None:
-        ends = np.arange(len(fixed))
+        ends = np.arange(scores.shape[1])
         right.hlines(
             np.asarray(fixed), ends - 0.42, ends + 0.42, color=color("eval"), linewidth=2.5
         )
@@ -375,5 +375,20 @@ def noise(sizes: ArrayLike, noises: dict[str, ArrayLike]) -> Figure:
     ax.set(xlabel="batch size", ylabel="noise", xticks=sizes, xticklabels=sizes)
     ax.minorticks_off()
     ax.legend()
+    plt.close(figure)
+    return figure
+
+
+def in_step(losses: ArrayLike, others: ArrayLike) -> Figure:
+    """Show the losses of two runs, shape (steps,), and how far they are apart."""
+    losses, others = np.asarray(losses), np.asarray(others)
+    figure, (left, right) = plt.subplots(1, 2)
+    steps = np.arange(1, len(losses) + 1)
+    left.plot(steps, losses, color=color("muted"), label="PyTorch's")
+    left.plot(steps[::3], others[::3], "o", color=color("y"), markersize=4, label="ours")
+    left.set(xlabel="step", ylabel="loss")
+    left.legend()
+    right.semilogy(steps, np.maximum(abs(losses - others), 1e-17), color=color("ink"))
+    right.set(xlabel="step", ylabel="difference")
     plt.close(figure)
     return figure
