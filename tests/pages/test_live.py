@@ -50,7 +50,7 @@ STEPS = {
     ],
     "variance": [
         ("slider", "mean", "Home ArrowRight", {"mean": 0.25}),
-        ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
+        ("slider", "standard deviation", "End ArrowLeft", {"std": 1.75}),
         ("slider", "mean", "End", {"mean": 7.0}),
     ],
     "training": [
