@@ -215,3 +215,58 @@ def _backward_line(backward_line: Any) -> bool:
     expected, dgamma, dbeta = functional.batch_norm_backward(dy, cache)
     A, B, C = backward_line(gamma, cache.std, x.mean(axis=0), dgamma, dbeta, 9)
     return close(A * dy + B * x + C, expected)
+
+
+@exercise(
+    "08.1",
+    "carry out each of the rules on the variances: where does it start, which variance does it "
+    "average, how much does the newest batch weigh? Compare where they arrive.",
+)
+def _whose(whose: Any) -> bool:
+    def followed(variances: np.ndarray, share: float, start: float, factor: float) -> float:
+        running = start
+        for v in variances:
+            running = (1 - share) * running + share * factor * v
+        return running
+
+    rng = np.random.default_rng(8)
+    for k, m in ((3, 4), (12, 8), (30, 2)):
+        variances = rng.gamma(4, 0.7, k)
+        rules = {
+            "PyTorch": (0.1, 1.0, m / (m - 1)),
+            "textbook": (0.1, 1.0, 1.0),
+            "d2l": (0.9, 1.0, 1.0),
+            "CS231n": (0.1, 0.0, 1.0),
+        }
+        if any(whose(variances, m, followed(variances, *r)) != name for name, r in rules.items()):
+            return False
+    return True
+
+
+@exercise(
+    "08.2",
+    "write both averages as a sum: how much does the start weigh after k batches, and what does "
+    "each batch carry in one that it does not in the other?",
+)
+def _to_pytorch(to_pytorch: Any) -> bool:
+    rng = np.random.default_rng(9)
+    for k, m in ((1, 2), (10, 8), (60, 64)):
+        theirs, ours = np.zeros(3), np.ones(3)
+        for v in rng.gamma(4, 0.7, (k, 3)):
+            theirs, ours = 0.9 * theirs + 0.1 * v, 0.9 * ours + 0.1 * v * m / (m - 1)
+        if not close(to_pytorch(theirs, k, m), ours):
+            return False
+    return True
+
+
+@exercise(
+    "08.3",
+    "chapter 3's line subtracts two things from dy before it multiplies by gamma / std; here that "
+    "factor is inside g already.",
+)
+def _put_back(put_back: Any) -> bool:
+    x, dy, gamma = sample((7, 1)), sample((7, 1), seed=1), 1.7
+    _, cache = functional.batch_norm(x, [gamma], [0.0], eps=1e-12)
+    dx, _, _ = functional.batch_norm_backward(dy, cache)
+    g = gamma / cache.std * dy
+    return close(put_back(g[:, 0], cache.z_hat[:, 0]), dx[:, 0])

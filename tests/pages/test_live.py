@@ -53,6 +53,14 @@ STEPS = {
         ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
         ("slider", "mean", "End", {"mean": 7.0}),
     ],
+    "seven": [
+        ("combobox", "layer", 5, {"layer": 5}),
+        ("slider", "batches fed", "Home ArrowRight", {"fed": 1}),
+        ("slider", "batch size m", "End", {"size": 128}),
+        ("button", "Feed a batch", "Enter Space", {"fed": 3}),
+        ("combobox", "layer", 1, {"layer": 1}),
+        ("slider", "batch size m", "Home ArrowRight", {"size": 4}),
+    ],
 }
 
 
@@ -86,12 +94,18 @@ def said_by_variance(result, params):
     return list(result["digits"])
 
 
+def said_by_seven(result, params):
+    keys = ("training", "evaluation", "place")
+    return [result[rule][key] for rule in ("ours", "theirs") for key in keys]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
     "running": said_by_running,
     "variance": said_by_variance,
+    "seven": said_by_seven,
 }
 
 
