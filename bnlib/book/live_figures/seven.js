@@ -33,7 +33,7 @@ figures.seven = {
 
   draw({ ours, theirs, vars }) {
     const top = 1.05 * Math.max(...vars, ...ours.variance, ...theirs.variance);
-    const left = plot({ title: "running variance", x: [0, 60], y: [0, top], width: 360,
+    const left = plot({ title: "running variance", x: [0, 60], y: [0, top],
       xticks: [0, 20, 40, 60], yticks: ticks(0, top), xlabel: "batch",
       label: `${vars.length} batches. Running variance of this layer ${fixed(ours.variance.at(-1), 2)}, PyTorch ${fixed(theirs.variance.at(-1), 2)}` });
     left.dots(vars.map((_, k) => k + 1), vars, color("train"));
@@ -41,7 +41,7 @@ figures.seven = {
       left.line(rule.variance.map((_, k) => k), rule.variance, color(hue));
     }
     const high = 2; // a start at zero is off the scale, and the sentence says it
-    const right = plot({ title: "width of the output", x: [0, 2], y: [0, high], width: 220,
+    const right = plot({ title: "width of the output", x: [0, 2], y: [0, high],
       xticks: [[0.5, "training"], [1.5, "evaluation"]], yticks: [0, 0.5, 1, 1.5, 2],
       label: `Standard deviation of the output: training ${fixed(ours.training, 2)}, evaluation ${fixed(ours.evaluation, 2)}` });
     right.columns([ours.training, ours.evaluation], color("eval"), { ghost: [theirs.training, theirs.evaluation] });
