@@ -298,7 +298,7 @@ def wandering(steady: ArrayLike, moving: ArrayLike, shares: tuple[str, str]) -> 
         ax.plot(np.arange(1, len(values) + 1), values, ".-", color=color(hue), linewidth=1.2,
                 label=f"the newest batch weighs {share}")  # fmt: skip
     ax.set(xlabel="batch", ylabel="test accuracy in %")
-    ax.legend(loc="lower left")
+    figure.legend(loc="outside upper center", ncols=2)
     plt.close(figure)
     return figure
 
