@@ -145,6 +145,32 @@ def training(data, rate, start):
     }
 
 
+PYTORCH = {"inUse": 0, "inMemory": 1, "share": 0.1, "start": 1}
+
+
+def seven(data, layer, size, fed):
+    z = np.array(data["z"], dtype=float)
+    batches = np.resize(z, (fed + 1, size))  # as often as needed, from the start again
+    variances = batches.var(axis=1)
+
+    def rule(kind):
+        mean, running = 0.0, [float(kind["start"])]
+        for batch in batches[:fed]:
+            new = batch.var(ddof=kind["inMemory"])
+            mean = (1 - kind["share"]) * mean + kind["share"] * batch.mean()
+            running.append((1 - kind["share"]) * running[-1] + kind["share"] * new)
+        used, std = batches[fed].var(ddof=kind["inUse"]), np.sqrt(running[-1] + data["eps"])
+        return {
+            "variance": running,
+            "training": np.sqrt(variances[fed] / (used + data["eps"])),
+            "evaluation": z.std() / std,
+            "place": (z.mean() - mean) / std,
+        }
+
+    ours, theirs = rule(data["layers"][layer]), rule(PYTORCH)
+    return {"ours": ours, "theirs": theirs, "vars": variances[:fed]}
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -155,4 +181,5 @@ def in_numpy():
         "running": running,
         "variance": variance,
         "training": training,
+        "seven": seven,
     }

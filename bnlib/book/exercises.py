@@ -269,8 +269,8 @@ def _frozen_backward(frozen_backward: Any) -> bool:
 
     x, dy = (torch.tensor(sample((4, 3, 2, 5), seed)) for seed in (0, 1))
     mean, invstd, weight = torch.tensor([[1.0, -2, 3], [0.5, 4, 1], [2, -1, 0.3]]).double()
-    arrays = (v.numpy() for v in (dy, x, mean, invstd**-2, weight))
-    expected = functional.batch_norm_inference_backward(*arrays, 0.0)
+    dy_, x_, mean_, var_, weight_ = (v.numpy() for v in (dy, x, mean, invstd**-2, weight))
+    expected = functional.batch_norm_inference_backward(dy_, x_, mean_, var_, weight_, eps=0)
     pairs = zip(frozen_backward(dy, x, weight, mean, invstd), expected, strict=True)
     return all(close(answer, right) for answer, right in pairs)
 
@@ -283,3 +283,58 @@ def _momentum_of(momentum_of: Any) -> bool:
 @exercise("07.3", "compare the sum of squares divided by m with the same sum divided by m - 1.")
 def _factor(factor: Any) -> bool:
     return all(close(factor(m), 1 - 1 / m) for m in (2, 8, 32))
+
+
+@exercise(
+    "08.1",
+    "carry out each of the rules on the variances: where does it start, which variance does it "
+    "average, how much does the newest batch weigh? Compare where they arrive.",
+)
+def _whose(whose: Any) -> bool:
+    def followed(variances: np.ndarray, share: float, start: float, factor: float) -> float:
+        running = start
+        for v in variances:
+            running = (1 - share) * running + share * factor * v
+        return running
+
+    rng = np.random.default_rng(8)
+    for k, m in ((3, 4), (12, 8), (30, 2)):
+        variances = rng.gamma(4, 0.7, k)
+        rules = {
+            "PyTorch": (0.1, 1.0, m / (m - 1)),
+            "textbook": (0.1, 1.0, 1.0),
+            "d2l": (0.9, 1.0, 1.0),
+            "CS231n": (0.1, 0.0, 1.0),
+        }
+        if any(whose(variances, m, followed(variances, *r)) != name for name, r in rules.items()):
+            return False
+    return True
+
+
+@exercise(
+    "08.2",
+    "write both averages as a sum: how much does the start weigh after k batches, and what does "
+    "each batch carry in one that it does not in the other?",
+)
+def _to_pytorch(to_pytorch: Any) -> bool:
+    rng = np.random.default_rng(9)
+    for k, m in ((1, 2), (10, 8), (60, 64)):
+        theirs, ours = np.zeros(3), np.ones(3)
+        for v in rng.gamma(4, 0.7, (k, 3)):
+            theirs, ours = 0.9 * theirs + 0.1 * v, 0.9 * ours + 0.1 * v * m / (m - 1)
+        if not close(to_pytorch(theirs, k, m), ours):
+            return False
+    return True
+
+
+@exercise(
+    "08.3",
+    "chapter 3's line subtracts two things from dy before it multiplies by gamma / std; here that "
+    "factor is inside g already.",
+)
+def _put_back(put_back: Any) -> bool:
+    x, dy, gamma = sample((7, 1)), sample((7, 1), seed=1), 1.7
+    _, cache = functional.batch_norm(x, [gamma], [0.0], eps=1e-12)
+    dx, _, _ = functional.batch_norm_backward(dy, cache)
+    g = gamma / cache.std * dy
+    return close(put_back(g[:, 0], cache.z_hat[:, 0]), dx[:, 0])

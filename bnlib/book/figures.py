@@ -392,3 +392,62 @@ def in_step(losses: ArrayLike, others: ArrayLike) -> Figure:
     right.set(xlabel="step", ylabel="difference")
     plt.close(figure)
     return figure
+
+
+def verdicts(grid: dict[str, list[str]], columns: list[str]) -> Figure:
+    """Show a grid of verdicts, row by row: same (dot), differs (square) or none (dash)."""
+    looks = {"same": ("o", "muted", 4), "differs": ("s", "ink", 8), "none": ("_", "muted", 9)}
+    figure, ax = plt.subplots(figsize=(WIDTH, 4.6))
+    for verdict, (mark, hue, size) in looks.items():
+        places = [(j, i) for i, row in enumerate(grid.values()) for j, v in enumerate(row)
+                  if v == verdict]  # fmt: skip
+        ax.plot(*np.reshape(places, (-1, 2)).T, mark, color=color(hue), markersize=size)
+    ax.set(xlim=(-0.6, len(columns) - 0.4), ylim=(len(grid) - 0.4, -0.6))
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="left", rotation_mode="anchor")
+    ax.set_yticks(range(len(grid)), list(grid))
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    plt.close(figure)
+    return figure
+
+
+def wandering(steady: ArrayLike, moving: ArrayLike, shares: tuple[str, str]) -> Figure:
+    """Show two accuracies in percent, batch by batch; shares: the newest batch's weight in each."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    for values, hue, share in zip((steady, moving), ("muted", "eval"), shares, strict=True):
+        values = np.asarray(values)
+        ax.plot(np.arange(1, len(values) + 1), values, ".-", color=color(hue), linewidth=1.2,
+                label=f"the newest batch weighs {share}")  # fmt: skip
+    ax.set(xlabel="batch", ylabel="test accuracy in %")
+    figure.legend(loc="outside upper center", ncols=2)
+    plt.close(figure)
+    return figure
+
+
+def against_pytorch(z: ArrayLike, layer: dict[str, float], size: int, fed: int) -> Figure:
+    """Show a layer's running variance and the width of its outputs beside PyTorch's.
+
+    z: values of one node, taken in batches of `size`, from the start again at the end. layer: the
+    corrections (0 or 1) `inUse` and `inMemory`, the `share` of a new batch, and the `start`.
+    """
+    z, torch = np.asarray(z), {"inUse": 0, "inMemory": 1, "share": 0.1, "start": 1}
+    batches = z[np.arange(fed * size) % len(z)].reshape(fed, size)
+    variances = batches.var(axis=1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6), width_ratios=(1.6, 1))
+    left.plot(np.arange(1, fed + 1), variances, "o", color=color("train"), alpha=0.6,
+              markersize=3.5, markeredgewidth=0)  # fmt: skip
+    for rule, hue, fill in ((torch, "muted", "none"), (layer, "eval", color("eval"))):
+        run = [float(rule["start"])]
+        for v in variances:
+            new = v * (size / (size - 1)) ** rule["inMemory"]
+            run.append((1 - rule["share"]) * run[-1] + rule["share"] * new)
+        left.plot(run, color=color(hue))
+        widths = [(1 - 1 / size) ** (rule["inUse"] / 2), np.sqrt(z.var() / run[-1])]
+        right.bar((0, 1), widths, 0.6 if rule is layer else 0.8, color=fill, alpha=0.6,
+                  edgecolor=color(hue))  # fmt: skip
+    left.set(title="running variance", xlabel="batch")
+    right.set(title="width of the output", xticks=(0, 1))
+    right.set_xticklabels(("training", "evaluation"))
+    plt.close(figure)
+    return figure

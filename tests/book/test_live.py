@@ -125,6 +125,24 @@ def draw_training(rng):
     return {"rates": rates, "starts": starts, "block": 4, "cap": 3}, params
 
 
+def draw_seven(rng):
+    layers = [
+        {
+            "name": f"layer {i}",
+            "inUse": int(rng.integers(2)),
+            "inMemory": int(rng.integers(2)),
+            "share": rng.uniform(0, 1),
+            "start": int(rng.integers(2)),
+        }
+        for i in range(3)
+    ]
+    return {"z": rng.normal(1, 2, 50).tolist(), "layers": layers, "eps": 1e-5}, {
+        "layer": int(rng.integers(3)),
+        "size": int(2 ** rng.integers(1, 8)),  # up to more than there are
+        "fed": int(rng.integers(61)),
+    }
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -132,6 +150,7 @@ DRAW = {
     "running": draw_running,
     "variance": draw_variance,
     "training": draw_training,
+    "seven": draw_seven,
 }
 
 

@@ -59,6 +59,14 @@ STEPS = {
         ("slider", "learning rate", "Home ArrowRight", {"rate": 10**-1.5}),
         ("combobox", "initial weights", 3, {"start": 3}),
     ],
+    "seven": [
+        ("combobox", "layer", 5, {"layer": 5}),
+        ("slider", "batches fed", "Home ArrowRight", {"fed": 1}),
+        ("slider", "batch size m", "End", {"size": 128}),
+        ("button", "Feed a batch", "Enter Space", {"fed": 3}),
+        ("combobox", "layer", 1, {"layer": 1}),
+        ("slider", "batch size m", "Home ArrowRight", {"size": 4}),
+    ],
 }
 
 
@@ -97,6 +105,11 @@ def said_by_training(result, params):
     return [params["rate"], 5 * result["block"], last["with"], last["without"]]
 
 
+def said_by_seven(result, params):
+    keys = ("training", "evaluation", "place")
+    return [result[rule][key] for rule in ("ours", "theirs") for key in keys]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -104,6 +117,7 @@ SAID = {
     "running": said_by_running,
     "variance": said_by_variance,
     "training": said_by_training,
+    "seven": said_by_seven,
 }
 
 
