@@ -133,6 +133,28 @@ def variance(data, mean, std):
     }
 
 
+def roofline(data, batch, channels, height, format, card):
+    values = np.prod([2.0**batch, 2.0**channels, height, height])
+    size = data["formats"][format]["bytes"]
+    moved = np.array(data["trips"]) * size * values
+    bandwidths, peaks = (np.array([c[key] for c in data["cards"]]) for key in ("bandwidth", "peak"))
+    intensity = data["operations"][0] / (data["trips"][0] * size)
+    attained = np.minimum(1e9 * bandwidths * intensity, 1e12 * peaks)[card]
+    return {
+        "megabytes": moved / 1e6,
+        "times": 1e6 * moved / (1e9 * bandwidths[card]),
+        "steps": 1e6 * moved.sum() / (1e9 * bandwidths),
+        "intensity": intensity,
+        "rate": attained / 1e12,
+        "share": attained / (1e12 * peaks[card]),
+        "roofs": {
+            "start": 1e9 * bandwidths * 0.1 / 1e12,
+            "ridge": 1e12 * peaks / (1e9 * bandwidths),
+            "peak": peaks,
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -142,4 +164,5 @@ def in_numpy():
         "backward": backward,
         "running": running,
         "variance": variance,
+        "roofline": roofline,
     }

@@ -215,3 +215,28 @@ def _backward_line(backward_line: Any) -> bool:
     expected, dgamma, dbeta = functional.batch_norm_backward(dy, cache)
     A, B, C = backward_line(gamma, cache.std, x.mean(axis=0), dgamma, dbeta, 9)
     return close(A * dy + B * x + C, expected)
+
+
+@exercise(
+    "09.1",
+    "count the trips first: what is read for the sums, what is read again, what is written? Then "
+    "the bytes of a value with 16 bits.",
+)
+def _backward_bytes(backward_bytes: Any) -> bool:
+    shapes = ((256, 64, 56, 56), (4096, 1024), (3, 5, 7))
+    return all(close(backward_bytes(shape), 10 * math.prod(shape)) for shape in shapes)
+
+
+@exercise("09.2", "a tile that sticks out needs a program too, in each of the two directions.")
+def _programs_needed(programs_needed: Any) -> bool:
+    cases = {(10, 1, 4, 1): 3, (200_704, 64, 4096, 1): 3136, (33, 70, 32, 64): 4, (8, 3, 8, 4): 1}
+    return all(close(programs_needed(*case), count) for case, count in cases.items())
+
+
+@exercise(
+    "09.3",
+    "with the leading bit a number has one bit more than `bits`; from which power of two on are "
+    "neighbours two apart?",
+)
+def _stops_at(stops_at: Any) -> bool:
+    return all(close(stops_at(bits), total) for bits, total in ((3, 16), (7, 256), (10, 2048)))

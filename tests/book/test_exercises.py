@@ -68,6 +68,9 @@ RIGHT = {
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size * trips / speed,
     "06.2": lambda total, square, m: (square - total**2 / m) / square,
     "06.3": backward_line,
+    "09.1": lambda shape: 5 * 2 * np.prod(shape),
+    "09.2": lambda M, C, rows, channels: np.ceil(M / rows) * np.ceil(C / channels),
+    "09.3": lambda bits: 2 ** (bits + 1),
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -88,6 +91,9 @@ WRONG = {  # the mistakes that the exercises are about
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size / speed,
     "06.2": lambda total, square, m: 1 - total**2 / square,
     "06.3": lambda gamma, std, mean, *sums: backward_line(gamma, std, 0 * mean, *sums),
+    "09.1": lambda shape: 5 * 4 * np.prod(shape),
+    "09.2": lambda M, C, rows, channels: np.ceil(M * C / (rows * channels)),
+    "09.3": lambda bits: 2**bits,
 }
 
 

@@ -53,6 +53,15 @@ STEPS = {
         ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
         ("slider", "mean", "End", {"mean": 7.0}),
     ],
+    "roofline": [
+        ("slider", "batch size N", "Home ArrowRight", {"batch": 1}),
+        ("slider", "channels C", "End", {"channels": 11}),
+        ("slider", "height = width", "Home", {"height": 1}),
+        ("combobox", "number format", 1, {"format": 1}),
+        ("combobox", "card", 2, {"card": 2}),
+        ("slider", "batch size N", "End ArrowLeft", {"batch": 9}),
+        ("slider", "height = width", "End", {"height": 224}),
+    ],
 }
 
 
@@ -86,12 +95,17 @@ def said_by_variance(result, params):
     return list(result["digits"])
 
 
+def said_by_roofline(result, params):
+    return [*result["megabytes"], *result["times"], result["intensity"], 100 * result["share"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
     "running": said_by_running,
     "variance": said_by_variance,
+    "roofline": said_by_roofline,
 }
 
 
