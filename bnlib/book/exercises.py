@@ -235,7 +235,7 @@ def _programs_needed(programs_needed: Any) -> bool:
 
 @exercise(
     "09.3",
-    "with the leading bit a number has one bit more than `bits`; from which power of two on are "
+    "with the leading one a number has one bit more; from which power of two on are "
     "neighbours two apart?",
 )
 def _stops_at(stops_at: Any) -> bool:

@@ -276,11 +276,13 @@ def digits_right(digits: ArrayLike, names: ArrayLike) -> Figure:
 def climbs(paths: dict[str, list[float]], goal: float) -> Figure:
     """Show averages on their way to a goal, by the name of their number format."""
     figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
-    ax.axhline(goal, color=color("muted"), linestyle="--", linewidth=1)
+    highest = max(path[-1] for path in paths.values())
     for (name, path), thing in zip(paths.items(), ("ink", "z_hat", "z"), strict=True):
+        ax.hlines(goal, 0, len(path), color=color("muted"), linestyle="--", linewidth=1)
         ax.plot(path, color=color(thing))
-        ax.annotate(name, (len(path), path[-1]), (5, 0), textcoords="offset points",
-                    color=color(thing), va="center", fontsize=9)  # fmt: skip
+        above = path[-1] == highest  # two may end close together: their names go to either side
+        ax.annotate(name, (len(path), path[-1]), (5, 0), textcoords="offset points", fontsize=9,
+                    color=color(thing), va="bottom" if above else "top")  # fmt: skip
     ax.set(xlabel="batch", ylabel="running variance", xlim=(0, 1.22 * len(path)))
     ax.set_xticks(range(0, len(path) + 1, len(path) // 4))
     plt.close(figure)

@@ -38,16 +38,17 @@ figures.roofline = {
   draw({ steps, intensity, rate, roofs }, { card }) {
     const log = Math.log10;
     const named = (value, name) => Object.assign(new Number(value), { toString: () => name });
-    const roof = plot({ title: "10\u00b9\u00b2 operations a second", x: [-1, 3], y: [-2, 2.2],
-      xticks: [[-1, "0.1"], [0, "1"], [1, "10"], [2, "100"], [3, "1000"]],
+    const roof = plot({ title: "10\u00b9\u00b2 operations a second", x: [-1, 2.5], y: [-2, 2.2],
+      xticks: [[-1, "0.1"], [0, "1"], [1, "10"], [2, "100"]],
       yticks: [-2, -1, 0, 1, 2].map((v) => named(v, String(10 ** v))), xlabel: "operations per byte",
       label: `A roofline for each of ${steps.length} cards; a dot at ${fixed(intensity, 2)} operations per byte` });
     const line = (i) => {
       const [start, ridge, peak] = [roofs.start[i], roofs.ridge[i], roofs.peak[i]].map(log);
-      roof.line([-1, ridge, 3], [start, peak, peak], color(i === card ? "ink" : "muted"));
+      roof.line([-1, ridge, 2.5], [start, peak, peak], color(i === card ? "ink" : "muted"));
     };
     steps.forEach((_, i) => i !== card && line(i));
     line(card);
+    roof.vline(log(intensity), color("y"), true);
     roof.dots([log(intensity)], [log(rate)], color("y"));
     const top = Math.max(...steps);
     const unit = [[1e6, "seconds"], [1e3, "milliseconds"], [1, "microseconds"]].find(([u]) => top >= u) ?? [1e-3, "nanoseconds"];
