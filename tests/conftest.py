@@ -171,6 +171,59 @@ def seven(data, layer, size, fed):
     return {"ours": ours, "theirs": theirs, "vars": variances[:fed]}
 
 
+def variance(data, mean, std):
+    x = (10**mean + 10**std * np.array(data["z"])).astype(np.float32)
+
+    def average(values):  # one by one, as the figure adds, in the type of the values
+        return np.cumsum(values)[-1] / values.dtype.type(len(values))
+
+    def squares(values):
+        return average(values * values) - average(values) ** 2
+
+    running = total = np.float32(0)
+    for i, value in enumerate(x, start=1):
+        off = value - running
+        running = running + off / np.float32(i)
+        total = total + off * (value - running)
+    wide = x.astype(float)
+    exact = average((wide - average(wide)) ** 2)
+    found = [
+        average((x - average(x)) ** 2),
+        squares(x),
+        total / np.float32(len(x)),
+        squares(x - x[0]),
+        squares(wide),
+    ]
+    error = np.abs(np.array(found, dtype=float) - exact) / exact if exact else np.ones(5)
+    return {
+        "exact": exact,
+        "found": [float(v) for v in found],
+        "digits": np.maximum(0, -np.log10(np.maximum(error, 1e-8))),
+    }
+
+
+def roofline(data, batch, channels, height, format, card):
+    values = np.prod([2.0**batch, 2.0**channels, height, height])
+    size = data["formats"][format]["bytes"]
+    moved = np.array(data["trips"]) * size * values
+    bandwidths, peaks = (np.array([c[key] for c in data["cards"]]) for key in ("bandwidth", "peak"))
+    intensity = data["operations"][0] / (data["trips"][0] * size)
+    attained = np.minimum(1e9 * bandwidths * intensity, 1e12 * peaks)[card]
+    return {
+        "megabytes": moved / 1e6,
+        "times": 1e6 * moved / (1e9 * bandwidths[card]),
+        "steps": 1e6 * moved.sum() / (1e9 * bandwidths),
+        "intensity": intensity,
+        "rate": attained / 1e12,
+        "share": attained / (1e12 * peaks[card]),
+        "roofs": {
+            "start": 1e9 * bandwidths * 0.1 / 1e12,
+            "ridge": 1e12 * peaks / (1e9 * bandwidths),
+            "peak": peaks,
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -182,4 +235,6 @@ def in_numpy():
         "variance": variance,
         "training": training,
         "seven": seven,
+        "variance": variance,
+        "roofline": roofline,
     }

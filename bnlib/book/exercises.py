@@ -338,3 +338,63 @@ def _put_back(put_back: Any) -> bool:
     dx, _, _ = functional.batch_norm_backward(dy, cache)
     g = gamma / cache.std * dy
     return close(put_back(g[:, 0], cache.z_hat[:, 0]), dx[:, 0])
+
+
+@exercise("06.1", "count the bytes that travel: every value, its bytes, and once for each trip.")
+def _least_time(least_time: Any) -> bool:
+    cases = (((64, 64, 56, 56), 4, 3, 2e10), ((256, 512), 2, 14, 1e11))
+    return all(
+        close(least_time(shape, size, trips, speed), math.prod(shape) * size * trips / speed)
+        for shape, size, trips, speed in cases
+    )
+
+
+@exercise(
+    "06.2",
+    "the variance is the mean square of x - k minus the square of the mean of x - k; what share of "
+    "the first is it?",
+)
+def _share_left(share_left: Any) -> bool:
+    d = sample((50, 1), seed=6)[:, 0]
+    return all(
+        close(share_left(v.sum(), (v**2).sum(), len(v)), v.var() / (v**2).mean())
+        for v in (d, d - d.mean(), d + 30)
+    )
+
+
+@exercise(
+    "06.3",
+    "write chapter 3's line with (x - mean) / std for z_hat and with dbeta / m and dgamma / m for "
+    "the two averages; then collect what multiplies dy, what multiplies x, and the rest.",
+)
+def _backward_line(backward_line: Any) -> bool:
+    x, dy, gamma = sample((9, 3)), sample((9, 3), seed=1), np.array([0.5, -2.0, 3.0])
+    _, cache = functional.batch_norm(x, gamma, np.zeros(3))
+    expected, dgamma, dbeta = functional.batch_norm_backward(dy, cache)
+    A, B, C = backward_line(gamma, cache.std, x.mean(axis=0), dgamma, dbeta, 9)
+    return close(A * dy + B * x + C, expected)
+
+
+@exercise(
+    "09.1",
+    "count the trips first: what is read for the sums, what is read again, what is written? Then "
+    "the bytes of a value with 16 bits.",
+)
+def _backward_bytes(backward_bytes: Any) -> bool:
+    shapes = ((256, 64, 56, 56), (4096, 1024), (3, 5, 7))
+    return all(close(backward_bytes(shape), 10 * math.prod(shape)) for shape in shapes)
+
+
+@exercise("09.2", "a tile that sticks out needs a program too, in each of the two directions.")
+def _programs_needed(programs_needed: Any) -> bool:
+    cases = {(10, 1, 4, 1): 3, (200_704, 64, 4096, 1): 3136, (33, 70, 32, 64): 4, (8, 3, 8, 4): 1}
+    return all(close(programs_needed(*case), count) for case, count in cases.items())
+
+
+@exercise(
+    "09.3",
+    "with the leading one a number has one bit more; from which power of two on are "
+    "neighbours two apart?",
+)
+def _stops_at(stops_at: Any) -> bool:
+    return all(close(stops_at(bits), total) for bits, total in ((3, 16), (7, 256), (10, 2048)))

@@ -5,6 +5,7 @@ Each function returns a matplotlib figure in the book's look; call `style.use` f
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colors as mpl_colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -449,5 +450,74 @@ def against_pytorch(z: ArrayLike, layer: dict[str, float], size: int, fed: int) 
     left.set(title="running variance", xlabel="batch")
     right.set(title="width of the output", xticks=(0, 1))
     right.set_xticklabels(("training", "evaluation"))
+    plt.close(figure)
+    return figure
+
+
+def climbs(paths: dict[str, list[float]], goal: float) -> Figure:
+    """Show averages on their way to a goal, by the name of their number format."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    highest = max(path[-1] for path in paths.values())
+    for (name, path), thing in zip(paths.items(), ("ink", "z_hat", "z"), strict=True):
+        ax.hlines(goal, 0, len(path), color=color("muted"), linestyle="--", linewidth=1)
+        ax.plot(path, color=color(thing))
+        above = path[-1] == highest  # two may end close together: their names go to either side
+        ax.annotate(name, (len(path), path[-1]), (5, 0), textcoords="offset points", fontsize=9,
+                    color=color(thing), va="bottom" if above else "top")  # fmt: skip
+    ax.set(xlabel="batch", ylabel="running variance", xlim=(0, 1.22 * len(path)))
+    ax.set_xticks(range(0, len(path) + 1, len(path) // 4))
+    plt.close(figure)
+    return figure
+
+
+def painted(strips: ArrayLike, columns: int = 24) -> Figure:
+    """Show memory in rows of `columns` values, coloured and numbered by program.
+
+    strips: one strip of program numbers for each panel, shape (panels, values).
+    """
+    strips = np.asarray(strips)
+    rows = strips.shape[1] // columns
+    figure, axes = plt.subplots(len(strips), 1, figsize=(WIDTH, 0.6 * len(strips) * rows))
+    hues = np.array([mpl_colors.to_rgb(color(c)) for c in ("z", "z_hat", "y", "activation")])
+    for ax, strip in zip(np.atleast_1d(axes), strips, strict=True):
+        table = strip.reshape(rows, columns)
+        ax.imshow(1 - 0.45 * (1 - hues[table % len(hues)]), aspect="auto")
+        ax.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+        ax.grid(which="minor", color="white", linewidth=1)
+        ax.tick_params(which="both", length=0)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        changes = np.flatnonzero(np.diff(strip, prepend=-1))
+        for start, end in zip(changes, [*changes[1:], len(strip)], strict=True):
+            row, first = divmod(int(start), columns)
+            last = min(int(end), (row + 1) * columns) - 1 - row * columns
+            ax.text((first + last) / 2, row, f"program {strip[start]}", ha="center", va="center",
+                    fontsize=9)  # fmt: skip
+    plt.close(figure)
+    return figure
+
+
+def roofs(
+    cards: dict[str, tuple[float, float]], intensity: float, microseconds: ArrayLike
+) -> Figure:
+    """Show the roofs of several cards with a dot on the slope, and the least time on each.
+
+    cards: by name, bytes a second and operations a second. intensity: operations per byte of the
+    dot, which stands under the first card's roof. microseconds: one time for each card.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6), width_ratios=(3, 2))
+    x = np.logspace(-1, 3, 60)
+    for i, (name, (bandwidth, peak)) in enumerate(cards.items()):
+        hue = color("muted" if i else "ink")
+        left.loglog(x, np.minimum(bandwidth * x, peak) / 1e12, color=hue)
+        left.annotate(name, (x[-1], peak / 1e12), (0, -11), textcoords="offset points",
+                      ha="right", color=hue, fontsize=9)  # fmt: skip
+    bandwidth = next(iter(cards.values()))[0]
+    left.plot(intensity, bandwidth * intensity / 1e12, "o", color=color("y"))
+    left.set(xlabel="operations per byte", ylabel="$10^{12}$ operations a second")
+    bars = right.bar(range(len(cards)), np.asarray(microseconds), color=color("y"), alpha=0.55)
+    bars[0].set_alpha(1)
+    right.set(ylabel="microseconds at least", xticks=range(len(cards)), xticklabels=[*cards])
     plt.close(figure)
     return figure

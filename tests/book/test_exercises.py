@@ -85,6 +85,11 @@ def whose(variances, m, running, correct=True):
     return min(rules, key=lambda name: abs(arrive(*rules[name]) - running))
 
 
+def backward_line(gamma, std, mean, dgamma, dbeta, m):
+    slope = -gamma * dgamma / (m * std**2)
+    return gamma / std, slope, -gamma * dbeta / (m * std) - slope * mean
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -110,6 +115,12 @@ RIGHT = {
     "08.1": whose,
     "08.2": lambda running_var, k, m: 0.9**k + running_var * m / (m - 1),
     "08.3": lambda g, z_hat: g - g.mean() - z_hat * (g @ z_hat) / len(g),
+    "06.1": lambda shape, size, trips, speed: np.prod(shape) * size * trips / speed,
+    "06.2": lambda total, square, m: (square - total**2 / m) / square,
+    "06.3": backward_line,
+    "09.1": lambda shape: 5 * 2 * np.prod(shape),
+    "09.2": lambda M, C, rows, channels: np.ceil(M / rows) * np.ceil(C / channels),
+    "09.3": lambda bits: 2 ** (bits + 1),
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -139,6 +150,12 @@ WRONG = {  # the mistakes that the exercises are about
     "08.1": lambda *arguments: whose(*arguments, correct=False),
     "08.2": lambda running_var, k, m: running_var * m / (m - 1),
     "08.3": lambda g, z_hat: g - g.mean(),
+    "06.1": lambda shape, size, trips, speed: np.prod(shape) * size / speed,
+    "06.2": lambda total, square, m: 1 - total**2 / square,
+    "06.3": lambda gamma, std, mean, *sums: backward_line(gamma, std, 0 * mean, *sums),
+    "09.1": lambda shape: 5 * 4 * np.prod(shape),
+    "09.2": lambda M, C, rows, channels: np.ceil(M * C / (rows * channels)),
+    "09.3": lambda bits: 2**bits,
 }
 
 

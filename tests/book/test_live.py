@@ -143,6 +143,27 @@ def draw_seven(rng):
     }
 
 
+def draw_variance(rng):
+    data = {"z": rng.normal(size=200).round(5).tolist()}
+    return data, {"mean": rng.uniform(0, 7), "std": rng.uniform(-3, 2)}
+
+
+def draw_roofline(rng):
+    cards = [
+        {"name": name, "bandwidth": rng.uniform(300, 4000), "peak": rng.uniform(8, 70)}
+        for name in ("T4", "A100", "H100")
+    ]
+    formats = [{"name": "float32", "bytes": 4}, {"name": "bfloat16", "bytes": 2}]
+    data = {"cards": cards, "formats": formats, "trips": [3, 5], "operations": [9, 11]}
+    return data, {
+        "batch": int(rng.integers(11)),
+        "channels": int(rng.integers(3, 12)),
+        "height": int(rng.integers(1, 225)),
+        "format": int(rng.integers(2)),
+        "card": int(rng.integers(3)),
+    }
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -151,6 +172,8 @@ DRAW = {
     "variance": draw_variance,
     "training": draw_training,
     "seven": draw_seven,
+    "variance": draw_variance,
+    "roofline": draw_roofline,
 }
 
 

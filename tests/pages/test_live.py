@@ -67,6 +67,20 @@ STEPS = {
         ("combobox", "layer", 1, {"layer": 1}),
         ("slider", "batch size m", "Home ArrowRight", {"size": 4}),
     ],
+    "variance": [
+        ("slider", "mean", "Home ArrowRight", {"mean": 0.25}),
+        ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
+        ("slider", "mean", "End", {"mean": 7.0}),
+    ],
+    "roofline": [
+        ("slider", "batch size N", "Home ArrowRight", {"batch": 1}),
+        ("slider", "channels C", "End", {"channels": 11}),
+        ("slider", "height = width", "Home", {"height": 1}),
+        ("combobox", "number format", 1, {"format": 1}),
+        ("combobox", "card", 2, {"card": 2}),
+        ("slider", "batch size N", "End ArrowLeft", {"batch": 9}),
+        ("slider", "height = width", "End", {"height": 224}),
+    ],
 }
 
 
@@ -110,6 +124,14 @@ def said_by_seven(result, params):
     return [result[rule][key] for rule in ("ours", "theirs") for key in keys]
 
 
+def said_by_variance(result, params):
+    return list(result["digits"])
+
+
+def said_by_roofline(result, params):
+    return [*result["megabytes"], *result["times"], result["intensity"], 100 * result["share"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -118,6 +140,8 @@ SAID = {
     "variance": said_by_variance,
     "training": said_by_training,
     "seven": said_by_seven,
+    "variance": said_by_variance,
+    "roofline": said_by_roofline,
 }
 
 
