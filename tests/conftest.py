@@ -133,6 +133,20 @@ def variance(data, mean, std):
     }
 
 
+def momentum(data, convention, momentum, batches):
+    share = [momentum, 1 - momentum][convention]
+    back, at = np.arange(20), np.linspace(0, max(60, batches), 101)
+    return {
+        "share": share,
+        "other": 1 - momentum,
+        "weights": share * (1 - share) ** back,
+        "copied": (1 - share) * share**back,
+        "at": at,
+        "start": (1 - share) ** at,
+        "left": (1 - share) ** batches,
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -142,4 +156,5 @@ def in_numpy():
         "backward": backward,
         "running": running,
         "variance": variance,
+        "momentum": momentum,
     }

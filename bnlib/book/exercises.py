@@ -215,3 +215,48 @@ def _backward_line(backward_line: Any) -> bool:
     expected, dgamma, dbeta = functional.batch_norm_backward(dy, cache)
     A, B, C = backward_line(gamma, cache.std, x.mean(axis=0), dgamma, dbeta, 9)
     return close(A * dy + B * x + C, expected)
+
+
+@exercise("11.1", "the layer divides by one root; which sum has to stay the same under it?")
+def _variance_for(variance_for: Any) -> bool:
+    var = np.array([4.0, 0.3, 1e-6])
+    return all(
+        close(variance_for(var, eps, fixed) + fixed, var + eps)
+        for eps, fixed in ((1e-5, 1e-3), (1e-3, 1e-5), (0.1, 0.0))
+    )
+
+
+@exercise(
+    "11.2",
+    "mean and variance are the last two, whatever is missing; and which scale and which shift "
+    "leave a value as it is?",
+)
+def _from_keras_list(from_keras_list: Any) -> bool:
+    names = ("weight", "bias", "running_mean", "running_var")
+    full = dict(zip(names, sample((3, 4)).T, strict=True))
+    neutral = {"weight": np.ones(3), "bias": np.zeros(3)}
+    for scale, center in ((True, True), (True, False), (False, True), (False, False)):
+        missing = {"weight": not scale, "bias": not center}
+        weights = [a.copy() for name, a in full.items() if not missing.get(name)]
+        expected = {n: neutral[n] if missing.get(n) else a for n, a in full.items()}
+        found = from_keras_list(weights, scale, center)
+        if set(found) != set(expected) or not all(close(found[n], expected[n]) for n in expected):
+            return False
+    return True
+
+
+@exercise(
+    "11.3",
+    "split the running variance into what is left of the start and what the batches added; only "
+    "one of the two carries the factor.",
+)
+def _as_keras_has_it(as_keras_has_it: Any) -> bool:
+    for momentum, batches, n in ((0.1, 3, 4), (0.01, 50, 8), (0.5, 1, 32)):
+        theirs = ours = np.ones(3)
+        for seed in range(batches):
+            var = sample((n, 3), seed).var(axis=0)
+            theirs = (1 - momentum) * theirs + momentum * var
+            ours = (1 - momentum) * ours + momentum * var * n / (n - 1)
+        if not close(as_keras_has_it(ours, momentum, batches, n), theirs):
+            return False
+    return True

@@ -117,12 +117,19 @@ def draw_variance(rng):
     return data, {"mean": rng.uniform(0, 7), "std": rng.uniform(-3, 2)}
 
 
+def draw_momentum(rng):
+    share = rng.choice([0, 1, rng.uniform(0, 1)], p=[0.05, 0.05, 0.9])
+    params = {"convention": int(rng.integers(2)), "momentum": float(share)}
+    return {}, {**params, "batches": int(rng.integers(1, 501))}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
     "backward": draw_backward,
     "running": draw_running,
     "variance": draw_variance,
+    "momentum": draw_momentum,
 }
 
 

@@ -53,6 +53,15 @@ STEPS = {
         ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
         ("slider", "mean", "End", {"mean": 7.0}),
     ],
+    "momentum": [
+        ("slider", "momentum", "ArrowRight ArrowRight", {"momentum": 0.102}),
+        ("combobox", "momentum as in", 1, {"convention": 1}),
+        ("slider", "batches k", "Home ArrowRight ArrowRight", {"batches": 3}),
+        ("slider", "momentum", "End ArrowLeft", {"momentum": 0.999}),
+        ("slider", "batches k", "End", {"batches": 500}),
+        ("combobox", "momentum as in", 0, {"convention": 0}),
+        ("slider", "momentum", "Home", {"momentum": 0.0}),
+    ],
 }
 
 
@@ -86,12 +95,19 @@ def said_by_variance(result, params):
     return list(result["digits"])
 
 
+def said_by_momentum(result, params):
+    share = result["share"]
+    conventions = [share, 1 - share]
+    return [*conventions, 100 * share, params["batches"], 100 * result["left"], 100 * (1 - share)]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
     "running": said_by_running,
     "variance": said_by_variance,
+    "momentum": said_by_momentum,
 }
 
 
