@@ -278,7 +278,7 @@ def bessel(curves: dict[int, ArrayLike]) -> Figure:
     for n, curve in curves.items():
         curve = np.asarray(curve)
         ax.plot(np.arange(1, len(curve) + 1), curve, color=color("eval"))
-        ax.axhline(n / (n - 1), color=color("muted"), linewidth=0.8, linestyle="--")
+        ax.hlines(n / (n - 1), 0, len(curve), color=color("muted"), linewidth=0.8, linestyle="--")
         ax.annotate(f"n = {n}", (len(curve), curve[-1]), (4, 0), textcoords="offset points",
                     fontsize=9, va="center", annotation_clip=False)  # fmt: skip
     ax.set(xlabel="batch", ylabel="PyTorch / Keras")
