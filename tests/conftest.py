@@ -171,37 +171,6 @@ def seven(data, layer, size, fed):
     return {"ours": ours, "theirs": theirs, "vars": variances[:fed]}
 
 
-def variance(data, mean, std):
-    x = (10**mean + 10**std * np.array(data["z"])).astype(np.float32)
-
-    def average(values):  # one by one, as the figure adds, in the type of the values
-        return np.cumsum(values)[-1] / values.dtype.type(len(values))
-
-    def squares(values):
-        return average(values * values) - average(values) ** 2
-
-    running = total = np.float32(0)
-    for i, value in enumerate(x, start=1):
-        off = value - running
-        running = running + off / np.float32(i)
-        total = total + off * (value - running)
-    wide = x.astype(float)
-    exact = average((wide - average(wide)) ** 2)
-    found = [
-        average((x - average(x)) ** 2),
-        squares(x),
-        total / np.float32(len(x)),
-        squares(x - x[0]),
-        squares(wide),
-    ]
-    error = np.abs(np.array(found, dtype=float) - exact) / exact if exact else np.ones(5)
-    return {
-        "exact": exact,
-        "found": [float(v) for v in found],
-        "digits": np.maximum(0, -np.log10(np.maximum(error, 1e-8))),
-    }
-
-
 def roofline(data, batch, channels, height, format, card):
     values = np.prod([2.0**batch, 2.0**channels, height, height])
     size = data["formats"][format]["bytes"]
@@ -224,6 +193,20 @@ def roofline(data, batch, channels, height, format, card):
     }
 
 
+def momentum(data, convention, momentum, batches):
+    share = [momentum, 1 - momentum][convention]
+    back, at = np.arange(20), np.linspace(0, max(60, batches), 101)
+    return {
+        "share": share,
+        "other": 1 - momentum,
+        "weights": share * (1 - share) ** back,
+        "copied": (1 - share) * share**back,
+        "at": at,
+        "start": (1 - share) ** at,
+        "left": (1 - share) ** batches,
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -235,6 +218,6 @@ def in_numpy():
         "variance": variance,
         "training": training,
         "seven": seven,
-        "variance": variance,
         "roofline": roofline,
+        "momentum": momentum,
     }

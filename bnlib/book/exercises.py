@@ -340,41 +340,6 @@ def _put_back(put_back: Any) -> bool:
     return close(put_back(g[:, 0], cache.z_hat[:, 0]), dx[:, 0])
 
 
-@exercise("06.1", "count the bytes that travel: every value, its bytes, and once for each trip.")
-def _least_time(least_time: Any) -> bool:
-    cases = (((64, 64, 56, 56), 4, 3, 2e10), ((256, 512), 2, 14, 1e11))
-    return all(
-        close(least_time(shape, size, trips, speed), math.prod(shape) * size * trips / speed)
-        for shape, size, trips, speed in cases
-    )
-
-
-@exercise(
-    "06.2",
-    "the variance is the mean square of x - k minus the square of the mean of x - k; what share of "
-    "the first is it?",
-)
-def _share_left(share_left: Any) -> bool:
-    d = sample((50, 1), seed=6)[:, 0]
-    return all(
-        close(share_left(v.sum(), (v**2).sum(), len(v)), v.var() / (v**2).mean())
-        for v in (d, d - d.mean(), d + 30)
-    )
-
-
-@exercise(
-    "06.3",
-    "write chapter 3's line with (x - mean) / std for z_hat and with dbeta / m and dgamma / m for "
-    "the two averages; then collect what multiplies dy, what multiplies x, and the rest.",
-)
-def _backward_line(backward_line: Any) -> bool:
-    x, dy, gamma = sample((9, 3)), sample((9, 3), seed=1), np.array([0.5, -2.0, 3.0])
-    _, cache = functional.batch_norm(x, gamma, np.zeros(3))
-    expected, dgamma, dbeta = functional.batch_norm_backward(dy, cache)
-    A, B, C = backward_line(gamma, cache.std, x.mean(axis=0), dgamma, dbeta, 9)
-    return close(A * dy + B * x + C, expected)
-
-
 @exercise(
     "09.1",
     "count the trips first: what is read for the sums, what is read again, what is written? Then "
@@ -398,3 +363,48 @@ def _programs_needed(programs_needed: Any) -> bool:
 )
 def _stops_at(stops_at: Any) -> bool:
     return all(close(stops_at(bits), total) for bits, total in ((3, 16), (7, 256), (10, 2048)))
+
+
+@exercise("11.1", "the layer divides by one root; which sum has to stay the same under it?")
+def _variance_for(variance_for: Any) -> bool:
+    var = np.array([4.0, 0.3, 1e-6])
+    return all(
+        close(variance_for(var, eps, fixed) + fixed, var + eps)
+        for eps, fixed in ((1e-5, 1e-3), (1e-3, 1e-5), (0.1, 0.0))
+    )
+
+
+@exercise(
+    "11.2",
+    "mean and variance are the last two, whatever is missing; and which scale and which shift "
+    "leave a value as it is?",
+)
+def _from_keras_list(from_keras_list: Any) -> bool:
+    names = ("weight", "bias", "running_mean", "running_var")
+    full = dict(zip(names, sample((3, 4)).T, strict=True))
+    neutral = {"weight": np.ones(3), "bias": np.zeros(3)}
+    for scale, center in ((True, True), (True, False), (False, True), (False, False)):
+        missing = {"weight": not scale, "bias": not center}
+        weights = [a.copy() for name, a in full.items() if not missing.get(name)]
+        expected = {n: neutral[n] if missing.get(n) else a for n, a in full.items()}
+        found = from_keras_list(weights, scale, center)
+        if set(found) != set(expected) or not all(close(found[n], expected[n]) for n in expected):
+            return False
+    return True
+
+
+@exercise(
+    "11.3",
+    "split the running variance into what is left of the start and what the batches added; only "
+    "one of the two carries the factor.",
+)
+def _as_keras_has_it(as_keras_has_it: Any) -> bool:
+    for momentum, batches, n in ((0.1, 3, 4), (0.01, 50, 8), (0.5, 1, 32)):
+        theirs = ours = np.ones(3)
+        for seed in range(batches):
+            var = sample((n, 3), seed).var(axis=0)
+            theirs = (1 - momentum) * theirs + momentum * var
+            ours = (1 - momentum) * ours + momentum * var * n / (n - 1)
+        if not close(as_keras_has_it(ours, momentum, batches, n), theirs):
+            return False
+    return True

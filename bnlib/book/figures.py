@@ -521,3 +521,34 @@ def roofs(
     right.set(ylabel="microseconds at least", xticks=range(len(cards)), xticklabels=[*cards])
     plt.close(figure)
     return figure
+
+
+def bessel(curves: dict[int, ArrayLike]) -> Figure:
+    """Show how a ratio of two running variances rises to n / (n - 1), a curve for each n."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    for n, curve in curves.items():
+        curve = np.asarray(curve)
+        ax.plot(np.arange(1, len(curve) + 1), curve, color=color("eval"))
+        ax.hlines(n / (n - 1), 0, len(curve), color=color("muted"), linewidth=0.8, linestyle="--")
+        ax.annotate(f"n = {n}", (len(curve), curve[-1]), (4, 0), textcoords="offset points",
+                    fontsize=9, va="center", annotation_clip=False)  # fmt: skip
+    ax.set(xlabel="batch", ylabel="PyTorch / Keras")
+    plt.close(figure)
+    return figure
+
+
+def memory(share: float, batches: int) -> Figure:
+    """Show the weights that a running average gives to its last 20 batches and to its start.
+
+    share: the weight of the newest batch, PyTorch's momentum. Outlined: the weights for 1 - share.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6))
+    back, k = np.arange(20), np.arange(61)
+    left.bar(back, (1 - share) * share**back, width=0.8, fill=False, edgecolor=color("muted"))
+    left.bar(back, share * (1 - share) ** back, width=0.6, color=color("eval"), alpha=0.7)
+    left.set(title="weight of a batch", xlabel="batches ago", ylim=(0, 1.05), xticks=[0, 10, 19])
+    right.plot(k, (1 - share) ** k, color=color("eval"))
+    right.axvline(batches, color=color("muted"), linewidth=0.8, linestyle="--")
+    right.set(title="weight of the start", xlabel="batches", ylim=(0, 1.05))
+    plt.close(figure)
+    return figure

@@ -85,9 +85,23 @@ def whose(variances, m, running, correct=True):
     return min(rules, key=lambda name: abs(arrive(*rules[name]) - running))
 
 
-def backward_line(gamma, std, mean, dgamma, dbeta, m):
-    slope = -gamma * dgamma / (m * std**2)
-    return gamma / std, slope, -gamma * dbeta / (m * std) - slope * mean
+def from_keras_list(weights, scale, center, neutral=(1, 0)):
+    weights = iter(weights)
+    found = {
+        "weight": next(weights) if scale else None,
+        "bias": next(weights) if center else None,
+        "running_mean": next(weights),
+        "running_var": next(weights),
+    }
+    for name, value in zip(("weight", "bias"), neutral, strict=True):
+        if found[name] is None:
+            found[name] = np.full_like(found["running_var"], value)
+    return found
+
+
+def as_keras_has_it(running_var, momentum, batches, n):
+    added = running_var - (1 - momentum) ** batches
+    return running_var - added / n
 
 
 RIGHT = {
@@ -115,12 +129,12 @@ RIGHT = {
     "08.1": whose,
     "08.2": lambda running_var, k, m: 0.9**k + running_var * m / (m - 1),
     "08.3": lambda g, z_hat: g - g.mean() - z_hat * (g @ z_hat) / len(g),
-    "06.1": lambda shape, size, trips, speed: np.prod(shape) * size * trips / speed,
-    "06.2": lambda total, square, m: (square - total**2 / m) / square,
-    "06.3": backward_line,
     "09.1": lambda shape: 5 * 2 * np.prod(shape),
     "09.2": lambda M, C, rows, channels: np.ceil(M / rows) * np.ceil(C / channels),
     "09.3": lambda bits: 2 ** (bits + 1),
+    "11.1": lambda var, eps, fixed_eps: var - (fixed_eps - eps),
+    "11.2": from_keras_list,
+    "11.3": as_keras_has_it,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -150,12 +164,12 @@ WRONG = {  # the mistakes that the exercises are about
     "08.1": lambda *arguments: whose(*arguments, correct=False),
     "08.2": lambda running_var, k, m: running_var * m / (m - 1),
     "08.3": lambda g, z_hat: g - g.mean(),
-    "06.1": lambda shape, size, trips, speed: np.prod(shape) * size / speed,
-    "06.2": lambda total, square, m: 1 - total**2 / square,
-    "06.3": lambda gamma, std, mean, *sums: backward_line(gamma, std, 0 * mean, *sums),
     "09.1": lambda shape: 5 * 4 * np.prod(shape),
     "09.2": lambda M, C, rows, channels: np.ceil(M * C / (rows * channels)),
     "09.3": lambda bits: 2**bits,
+    "11.1": lambda var, eps, fixed_eps: var * (var + eps) / (var + fixed_eps),
+    "11.2": lambda *answer: from_keras_list(*answer, neutral=(0, 0)),
+    "11.3": lambda running_var, momentum, batches, n: running_var * (n - 1) / n,
 }
 
 

@@ -143,11 +143,6 @@ def draw_seven(rng):
     }
 
 
-def draw_variance(rng):
-    data = {"z": rng.normal(size=200).round(5).tolist()}
-    return data, {"mean": rng.uniform(0, 7), "std": rng.uniform(-3, 2)}
-
-
 def draw_roofline(rng):
     cards = [
         {"name": name, "bandwidth": rng.uniform(300, 4000), "peak": rng.uniform(8, 70)}
@@ -164,6 +159,12 @@ def draw_roofline(rng):
     }
 
 
+def draw_momentum(rng):
+    share = rng.choice([0, 1, rng.uniform(0, 1)], p=[0.05, 0.05, 0.9])
+    params = {"convention": int(rng.integers(2)), "momentum": float(share)}
+    return {}, {**params, "batches": int(rng.integers(1, 501))}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -172,8 +173,8 @@ DRAW = {
     "variance": draw_variance,
     "training": draw_training,
     "seven": draw_seven,
-    "variance": draw_variance,
     "roofline": draw_roofline,
+    "momentum": draw_momentum,
 }
 
 

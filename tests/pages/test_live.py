@@ -67,11 +67,6 @@ STEPS = {
         ("combobox", "layer", 1, {"layer": 1}),
         ("slider", "batch size m", "Home ArrowRight", {"size": 4}),
     ],
-    "variance": [
-        ("slider", "mean", "Home ArrowRight", {"mean": 0.25}),
-        ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
-        ("slider", "mean", "End", {"mean": 7.0}),
-    ],
     "roofline": [
         ("slider", "batch size N", "Home ArrowRight", {"batch": 1}),
         ("slider", "channels C", "End", {"channels": 11}),
@@ -80,6 +75,15 @@ STEPS = {
         ("combobox", "card", 2, {"card": 2}),
         ("slider", "batch size N", "End ArrowLeft", {"batch": 9}),
         ("slider", "height = width", "End", {"height": 224}),
+    ],
+    "momentum": [
+        ("slider", "momentum", "ArrowRight ArrowRight", {"momentum": 0.102}),
+        ("combobox", "momentum as in", 1, {"convention": 1}),
+        ("slider", "batches k", "Home ArrowRight ArrowRight", {"batches": 3}),
+        ("slider", "momentum", "End ArrowLeft", {"momentum": 0.999}),
+        ("slider", "batches k", "End", {"batches": 500}),
+        ("combobox", "momentum as in", 0, {"convention": 0}),
+        ("slider", "momentum", "Home", {"momentum": 0.0}),
     ],
 }
 
@@ -124,12 +128,14 @@ def said_by_seven(result, params):
     return [result[rule][key] for rule in ("ours", "theirs") for key in keys]
 
 
-def said_by_variance(result, params):
-    return list(result["digits"])
-
-
 def said_by_roofline(result, params):
     return [*result["megabytes"], *result["times"], result["intensity"], 100 * result["share"]]
+
+
+def said_by_momentum(result, params):
+    share = result["share"]
+    conventions = [share, 1 - share]
+    return [*conventions, 100 * share, params["batches"], 100 * result["left"], 100 * (1 - share)]
 
 
 SAID = {
@@ -140,8 +146,8 @@ SAID = {
     "variance": said_by_variance,
     "training": said_by_training,
     "seven": said_by_seven,
-    "variance": said_by_variance,
     "roofline": said_by_roofline,
+    "momentum": said_by_momentum,
 }
 
 
