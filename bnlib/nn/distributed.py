@@ -77,9 +77,7 @@ def sync_batch_norm(
         for old, batch in ((running_mean, mean), (running_var, unbiased)):
             if old is not None:
                 moved = old + momentum * (batch - old)
-                old.copy_(
-                    torch.where(count > 0, moved, old)
-                )  # a batch without values moves nothing
+                old.copy_(torch.where(count > 0, moved, old))  # no values move nothing
     return y
 
 
@@ -128,7 +126,8 @@ def _moments_of_all(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     everybody = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everybody, own, group=group)
 
-    counts, means, m2s = torch.stack(everybody).split((1, C, C), dim=1)
+    table = torch.stack(everybody)  # one row per process
+    counts, means, m2s = table[:, :1], table[:, 1 : 1 + C], table[:, 1 + C :]
     count = counts.sum()
     # If the whole batch has one value, then nobody has two: others need not wait for their GPU.
     if own_count <= 1 and count.item() == 1:

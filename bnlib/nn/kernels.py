@@ -13,7 +13,9 @@ many chunks.
 Tensors are read as a contiguous (N, C, S): N examples, C channels, S places. A batch of images in
 channels_last order is (N * H * W, C, 1), one row per pixel, and so needs no copy.
 
-Half-precision inputs are computed in float32, float64 in float64. Triton comes with PyTorch's CUDA
+Half-precision inputs are computed in float32, float64 in float64. Means and variances go in and
+out as float64, a few numbers per channel: a float32 mean near 1e4 is already off by up to 5e-4.
+Triton comes with PyTorch's CUDA
 builds; where there is none, this module still imports and `available` returns False. With
 TRITON_INTERPRET=1, set before Triton is imported, the kernels run on a CPU, in NumPy: slowly, but
 one can print from them.
@@ -67,8 +69,8 @@ def available(x: Tensor) -> bool:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each channel.
 
-    x: floats, shape (N, C) or (N, C, *spatial). Returns two tensors of shape (C,), float32, or
-    float64 if x is. An empty batch gives NaN. A NaN stays in its channel.
+    x: floats, shape (N, C) or (N, C, *spatial). Returns two float64 tensors of shape (C,). An empty
+    batch gives NaN. A NaN stays in its channel.
 
     The variance is that of x - first, where first is the channel's first value: subtracting it
     moves the mean, not the variance, and what is left is as small as the spread. So a mean of
@@ -78,11 +80,11 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Source: Ioffe and Szegedy (2015), Algorithm 1, lines 1 and 2.
     """
     x, shape = _as_ncs(x)
-    C, dtype = shape[1], _ACCUMULATOR[x.dtype]
-    mean, var = (torch.full((C,), torch.nan, dtype=dtype, device=x.device) for _ in range(2))
+    C = shape[1]
+    mean, var = (x.new_full((C,), torch.nan, dtype=torch.float64) for _ in range(2))
     if x.numel():
-        tiling = _tiling(*shape)
-        chunks = torch.empty(2, tiling["P"], C, dtype=dtype, device=x.device)
+        tiling = _tiling(x.dtype, *shape)
+        chunks = torch.empty(2, tiling["P"], C, dtype=_ACCUMULATOR[x.dtype], device=x.device)
         _launch(_moments_of_chunks, x, chunks[0], chunks[1], **tiling)
         _launch_merge(x, chunks[0], chunks[1], mean, var, **tiling)
     return mean, var
@@ -93,44 +95,41 @@ def normalize(
 ) -> Tensor:
     """Return (x - mean) * invstd * weight + bias, channel by channel.
 
-    x: floats, shape (N, C) or (N, C, *spatial). mean, invstd: shape (C,), invstd is
-    1 / sqrt(var + eps). weight, bias: shape (C,), of any float type, or None for 1 and 0.
+    x: floats, shape (N, C) or (N, C, *spatial). mean, invstd: C numbers, invstd is
+    1 / sqrt(var + eps). weight, bias: C numbers, or None for 1 and 0. All of any float type.
     Returns y, typed and shaped as x, in its memory format.
 
-    Raises ValueError if `available(x)` is False, x has fewer than two dimensions or a vector is
-    not of shape (C,).
+    Raises ValueError if `available(x)` is False, x has fewer than two dimensions or a vector has
+    another length or device.
     Source: Ioffe and Szegedy (2015), Algorithm 1, lines 3 and 4.
     """
     x, shape = _as_ncs(x)
     vectors = _vectors(x, mean=mean, invstd=invstd, weight=weight, bias=bias)
     y = torch.empty_like(x)
     if x.numel():
-        _launch(_normalize, x, *vectors, y, **_tiling(*shape))
+        _launch(_normalize, x, *vectors, y, **_tiling(x.dtype, *shape))
     return y
 
 
 def reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     """Return each channel's sum of dy and sum of dy * z_hat.
 
-    dy: the gradient for y, shaped as x. x, mean, invstd: as in `normalize`. Returns two tensors of
-    shape (C,), float32, or float64 if x is: the gradients for bias and weight, and what
-    `input_gradient` needs. An empty batch gives zeros.
+    dy: the gradient for y, shaped as x. x, mean, invstd: as in `normalize`. Returns two float64
+    tensors of shape (C,): the gradients for bias and weight, and what `input_gradient` needs. An
+    empty batch gives zeros.
 
     Raises ValueError if `available(x)` is False, x has fewer than two dimensions, dy is not of x's
-    shape and device or a vector is not of shape (C,).
+    shape and device or a vector has another length or device.
     Source: Ioffe and Szegedy (2015), section 3, the last two derivatives.
     """
     x, shape = _as_ncs(x)
     dy = _gradient_like(dy, x)
     vectors = _vectors(x, mean=mean, invstd=invstd)
-    C, dtype = shape[1], _ACCUMULATOR[x.dtype]
-    if not x.numel():
-        sums = torch.zeros(2, C, dtype=dtype, device=x.device)
-    else:
-        tiling = _tiling(*shape)
-        chunks = torch.empty(2, tiling["P"], C, dtype=dtype, device=x.device)
+    tiling = _tiling(x.dtype, *shape)
+    chunks = torch.empty(2, tiling["P"], shape[1], dtype=_ACCUMULATOR[x.dtype], device=x.device)
+    if x.numel():
         _launch(_sums_of_chunks, dy, x, *vectors, chunks[0], chunks[1], **tiling)
-        sums = chunks.sum(1)  # a few numbers per channel: PyTorch's kernel will do
+    sums = chunks.sum(1, dtype=torch.float64)  # few numbers: PyTorch's kernel will do
     return sums[0], sums[1]
 
 
@@ -147,12 +146,12 @@ def input_gradient(
     """Return dx = weight * invstd * (dy - mean(dy) - z_hat * mean(dy * z_hat)).
 
     dy, x, mean, invstd, weight: as in `reduce` and `normalize`. sum_dy, sum_dy_z_hat: from
-    `reduce`, shape (C,). count: how many values of a channel they were taken over; with statistics
-    shared between devices, those of all devices, which a tensor says without a wait for the GPU.
-    Returns dx, typed and shaped as x, in its memory format.
+    `reduce`. count: how many values of a channel they were taken over; with statistics shared
+    between devices, those of all devices, which a tensor says without a wait for the GPU. Returns
+    dx, typed and shaped as x, in its memory format.
 
     Raises ValueError if `available(x)` is False, x has fewer than two dimensions, dy is not of x's
-    shape and device or a vector is not of shape (C,).
+    shape and device or a vector has another length or device.
     Source: Ioffe and Szegedy (2015), section 3, simplified as in chapter 3.
     """
     x, shape = _as_ncs(x)
@@ -164,7 +163,7 @@ def input_gradient(
     )
     dx = torch.empty_like(x)
     if x.numel():
-        _launch(_input_gradient, dy, x, *vectors, count, dx, **_tiling(*shape))
+        _launch(_input_gradient, dy, x, *vectors, count, dx, **_tiling(x.dtype, *shape))
     return dx
 
 
@@ -200,10 +199,20 @@ def _rows_of(chunk, M, ROWS: tl.constexpr):
 
 
 @_kernel
+def _z_hat(x, mean_ptr, invstd_ptr, c, C, DTYPE: tl.constexpr):
+    """Return (x - mean) * invstd; a finer mean goes off in two parts, lest it be rounded."""
+    mean = tl.load(mean_ptr + c, mask=c < C, other=0)
+    invstd = tl.load(invstd_ptr + c, mask=c < C, other=0).to(DTYPE)
+    high = mean.to(DTYPE)
+    low = (mean - high).to(DTYPE)
+    return ((x - high) - low) * invstd
+
+
+@_kernel
 def _moments_of_chunks(
     x_ptr,
-    mean_ptr,
-    m2_ptr,
+    means_ptr,
+    m2s_ptr,
     M,
     C,
     S,
@@ -211,21 +220,21 @@ def _moments_of_chunks(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Write the mean of x - first over a chunk, and the sum of squares around that mean."""
-    dtype = mean_ptr.dtype.element_ty
     chunk, c, offsets, inside = _tile(M, C, S, ROWS, CHANNELS, INDEX)
-    first = tl.load(x_ptr + c * S, mask=c < C, other=0).to(dtype)
-    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(dtype)
+    first = tl.load(x_ptr + c * S, mask=c < C, other=0).to(DTYPE)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(DTYPE)
 
     shifted = tl.where(inside, x - first, 0)
-    count = _rows_of(chunk, M, ROWS).to(dtype)
+    count = _rows_of(chunk, M, ROWS).to(DTYPE)
     mean = tl.sum(shifted, axis=0)[None, :] / count
     centered = tl.where(inside, shifted - mean, 0)
     m2 = tl.sum(centered * centered, axis=0)[None, :]
 
-    tl.store(mean_ptr + chunk * C + c, mean, mask=c < C)
-    tl.store(m2_ptr + chunk * C + c, m2, mask=c < C)
+    tl.store(means_ptr + chunk * C + c, mean, mask=c < C)
+    tl.store(m2s_ptr + chunk * C + c, m2, mask=c < C)
 
 
 @_kernel
@@ -243,36 +252,36 @@ def _merge_chunks(
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Put the P chunks of a channel together: its mean, and its variance around that mean.
 
     Around the common mean a chunk's sum of squares is m2 + count * (its mean - the mean)^2.
     """
-    dtype = mean_ptr.dtype.element_ty
     c = tl.program_id(0).to(INDEX) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     part = tl.arange(0, PARTS)[:, None]
 
-    total = tl.zeros((PARTS, CHANNELS), dtype)
+    total = tl.zeros((PARTS, CHANNELS), DTYPE)
     for start in range(0, P, PARTS):
-        chunk = start + part
+        chunk = (start + part).to(INDEX)
         inside = (chunk < P) & (c < C)
-        count = _rows_of(chunk.to(INDEX), M, ROWS).to(dtype)
+        count = _rows_of(chunk, M, ROWS).to(DTYPE)
         mean = tl.load(means_ptr + chunk * C + c, mask=inside, other=0)
         total += tl.where(inside, count * mean, 0)
     shifted_mean = tl.sum(total, axis=0)[None, :] / M
 
-    total = tl.zeros((PARTS, CHANNELS), dtype)
+    total = tl.zeros((PARTS, CHANNELS), DTYPE)
     for start in range(0, P, PARTS):
-        chunk = start + part
+        chunk = (start + part).to(INDEX)
         inside = (chunk < P) & (c < C)
-        count = _rows_of(chunk.to(INDEX), M, ROWS).to(dtype)
+        count = _rows_of(chunk, M, ROWS).to(DTYPE)
         mean = tl.load(means_ptr + chunk * C + c, mask=inside, other=0)
         m2 = tl.load(m2s_ptr + chunk * C + c, mask=inside, other=0)
         between = mean - shifted_mean
         total += tl.where(inside, m2 + count * between * between, 0)
     var = tl.sum(total, axis=0)[None, :] / M
 
-    first = tl.load(x_ptr + c * S, mask=c < C, other=0).to(dtype)
+    first = tl.load(x_ptr + c * S, mask=c < C, other=0).to(tl.float64)
     tl.store(mean_ptr + c, first + shifted_mean, mask=c < C)
     tl.store(var_ptr + c, var, mask=c < C)
 
@@ -292,19 +301,17 @@ def _normalize(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Write y for one tile."""
-    dtype = mean_ptr.dtype.element_ty
     _, c, offsets, inside = _tile(M, C, S, ROWS, CHANNELS, INDEX)
-    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(dtype)
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0)
-    invstd = tl.load(invstd_ptr + c, mask=c < C, other=0)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(DTYPE)
 
-    y = (x - mean) * invstd
+    y = _z_hat(x, mean_ptr, invstd_ptr, c, C, DTYPE)
     if weight_ptr is not None:  # settled when the kernel is compiled
-        y *= tl.load(weight_ptr + c, mask=c < C, other=0)
+        y *= tl.load(weight_ptr + c, mask=c < C, other=0).to(DTYPE)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + c, mask=c < C, other=0)
+        y += tl.load(bias_ptr + c, mask=c < C, other=0).to(DTYPE)
     tl.store(y_ptr + offsets, y, mask=inside)
 
 
@@ -323,16 +330,14 @@ def _sums_of_chunks(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Write the sums of dy and of dy * z_hat over a chunk."""
-    dtype = mean_ptr.dtype.element_ty
     chunk, c, offsets, inside = _tile(M, C, S, ROWS, CHANNELS, INDEX)
-    dy = tl.load(dy_ptr + offsets, mask=inside, other=0).to(dtype)
-    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(dtype)
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0)
-    invstd = tl.load(invstd_ptr + c, mask=c < C, other=0)
+    dy = tl.load(dy_ptr + offsets, mask=inside, other=0).to(DTYPE)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(DTYPE)
 
-    z_hat = (x - mean) * invstd
+    z_hat = _z_hat(x, mean_ptr, invstd_ptr, c, C, DTYPE)
     sum_dy = tl.sum(dy, axis=0)[None, :]  # outside the tile dy is 0
     sum_dy_z_hat = tl.sum(dy * z_hat, axis=0)[None, :]
     tl.store(sum_dy_ptr + chunk * C + c, sum_dy, mask=c < C)
@@ -357,21 +362,19 @@ def _input_gradient(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     INDEX: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Write dx for one tile."""
-    dtype = mean_ptr.dtype.element_ty
     _, c, offsets, inside = _tile(M, C, S, ROWS, CHANNELS, INDEX)
-    dy = tl.load(dy_ptr + offsets, mask=inside, other=0).to(dtype)
-    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(dtype)
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0)
-    invstd = tl.load(invstd_ptr + c, mask=c < C, other=0)
-    mean_dy = tl.load(sum_dy_ptr + c, mask=c < C, other=0) / count
-    mean_dy_z_hat = tl.load(sum_dy_z_hat_ptr + c, mask=c < C, other=0) / count
+    dy = tl.load(dy_ptr + offsets, mask=inside, other=0).to(DTYPE)
+    x = tl.load(x_ptr + offsets, mask=inside, other=0).to(DTYPE)
+    mean_dy = tl.load(sum_dy_ptr + c, mask=c < C, other=0).to(DTYPE) / count
+    mean_dy_z_hat = tl.load(sum_dy_z_hat_ptr + c, mask=c < C, other=0).to(DTYPE) / count
 
-    z_hat = (x - mean) * invstd
-    scale = invstd
+    z_hat = _z_hat(x, mean_ptr, invstd_ptr, c, C, DTYPE)
+    scale = tl.load(invstd_ptr + c, mask=c < C, other=0).to(DTYPE)
     if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + c, mask=c < C, other=0)
+        scale *= tl.load(weight_ptr + c, mask=c < C, other=0).to(DTYPE)
     dx = scale * (dy - mean_dy - z_hat * mean_dy_z_hat)
     tl.store(dx_ptr + offsets, dx, mask=inside)
 
@@ -404,19 +407,18 @@ def _gradient_like(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _vectors(x: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
-    """Return the vectors, contiguous and in the type that x is computed in."""
+    """Return the vectors, each contiguous; the kernels take them in any float type."""
     for name, vector in vectors.items():
-        if vector is not None and (vector.shape != x.shape[1:2] or vector.device != x.device):
+        if vector is not None and (vector.numel() != x.shape[1] or vector.device != x.device):
             raise ValueError(
                 f"expected {name} of shape ({x.shape[1]},) on {x.device}, one number per channel "
                 f"of x, got {tuple(vector.shape)} on {vector.device}"
             )
-    dtype = _ACCUMULATOR[x.dtype]
-    return [v if v is None else v.to(dtype).contiguous() for v in vectors.values()]
+    return [v if v is None else v.contiguous() for v in vectors.values()]
 
 
-def _tiling(N: int, C: int, S: int) -> dict[str, Any]:
-    """Return how an (N, C, S) tensor is cut: the kernels' last arguments.
+def _tiling(dtype: torch.dtype, N: int, C: int, S: int) -> dict[str, Any]:
+    """Return how an (N, C, S) tensor is cut and computed with: the kernels' last arguments.
 
     Neighbours in memory are neighbours in a tile: along the channels if S is 1, else along a row
     of places. Offsets take 64 bits only where 32 might overflow, since they are slower.
@@ -425,8 +427,8 @@ def _tiling(N: int, C: int, S: int) -> dict[str, Any]:
     channels = min(_power_of_2(C), 64) if S == 1 else 1
     rows = min(_power_of_2(M), TILE // channels)
     index = tl.int32 if (M + rows) * (C + channels) < 2**31 else tl.int64
-    sizes = {"M": M, "C": C, "S": S, "P": -(-M // rows)}
-    return {**sizes, "ROWS": rows, "CHANNELS": channels, "INDEX": index}
+    sizes = {"M": M, "C": C, "S": S, "P": -(-M // rows), "ROWS": rows, "CHANNELS": channels}
+    return {**sizes, "INDEX": index, "DTYPE": getattr(tl, str(_ACCUMULATOR[dtype])[6:])}
 
 
 def _power_of_2(n: int) -> int:

@@ -69,8 +69,11 @@ def test_the_kernels_compile_for_a_gpu(dtype, index, monkeypatch, tmp_path):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tl = kernels.tl
-    of_vectors = "*fp64" if dtype == "fp64" else "*fp32"
+    accumulator = "fp64" if dtype == "fp64" else "fp32"
     constants = {"ROWS": 64, "CHANNELS": 64, "PARTS": 64, "INDEX": getattr(tl, index)}
+    constants["DTYPE"] = getattr(tl, f"float{accumulator[2:]}")
+    pointers = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr"), f"*{dtype}")
+    pointers |= dict.fromkeys(("mean_ptr", "var_ptr", "invstd_ptr"), "*fp64")
     for kernel in (
         kernels._moments_of_chunks,
         kernels._merge_chunks,
@@ -82,10 +85,10 @@ def test_the_kernels_compile_for_a_gpu(dtype, index, monkeypatch, tmp_path):
         for name in kernel.arg_names:
             if name in constants:
                 types[name] = "constexpr"
-            elif name in ("x_ptr", "y_ptr", "dx_ptr", "dy_ptr"):
-                types[name] = f"*{dtype}"
+            elif name.endswith("_ptr"):
+                types[name] = pointers.get(name, f"*{accumulator}")
             else:
-                types[name] = of_vectors if name.endswith("_ptr") else f"i{index[3:]}"
+                types[name] = f"i{index[3:]}"
         used = {name: value for name, value in constants.items() if name in types}
         source = ASTSource(kernel, signature=types, constexprs=used)
         ptx = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
