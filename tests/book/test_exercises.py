@@ -52,6 +52,22 @@ def backward_line(gamma, std, mean, dgamma, dbeta, m):
     return gamma / std, slope, -gamma * dbeta / (m * std) - slope * mean
 
 
+def combine(first, second, apart=True):
+    n = first[0] + second[0]
+    if n == 0:
+        return 0, 0.0, 0.0
+    mean = (first[0] * first[1] + second[0] * second[1]) / n
+    moved = sum(k * (own - mean) ** 2 for k, own, _ in (first, second))
+    return n, mean, first[2] + second[2] + apart * moved
+
+
+def group_size(n, e, error=lambda values: values**-0.5):
+    p = 1
+    while error(p * n) > e * (1 + 1e-9):
+        p += 1
+    return p
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -68,6 +84,9 @@ RIGHT = {
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size * trips / speed,
     "06.2": lambda total, square, m: (square - total**2 / m) / square,
     "06.3": backward_line,
+    "10.1": combine,
+    "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
+    "10.3": group_size,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -88,6 +107,9 @@ WRONG = {  # the mistakes that the exercises are about
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size / speed,
     "06.2": lambda total, square, m: 1 - total**2 / square,
     "06.3": lambda gamma, std, mean, *sums: backward_line(gamma, std, 0 * mean, *sums),
+    "10.1": lambda first, second: combine(first, second, apart=False),
+    "10.2": lambda sizes: np.array(sizes) / sum(sizes),
+    "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
 }
 
 

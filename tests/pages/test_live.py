@@ -53,6 +53,14 @@ STEPS = {
         ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
         ("slider", "mean", "End", {"mean": 7.0}),
     ],
+    "devices": [
+        ("slider", "devices", "End", {"devices": 1024}),
+        ("slider", "channels", "Home ArrowRight", {"channels": 32}),
+        ("slider", "batch per device", "End", {"batch": 512}),
+        ("slider", "bandwidth", "Home", {"bandwidth": 1}),
+        ("slider", "latency", "Home", {"latency": 0.5}),
+        ("slider", "devices", "Home", {"devices": 2}),
+    ],
 }
 
 
@@ -86,12 +94,21 @@ def said_by_variance(result, params):
     return list(result["digits"])
 
 
+def said_by_devices(result, params):
+    layer, send = result["convolution"] + result["norm"], result["send"]
+    numbers = [params["devices"], layer]
+    for way in ("ring", "doubling"):
+        numbers += [send + result[way], result["share"][way]]
+    return numbers
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
     "backward": said_by_backward,
     "running": said_by_running,
     "variance": said_by_variance,
+    "devices": said_by_devices,
 }
 
 
