@@ -207,6 +207,29 @@ def momentum(data, convention, momentum, batches):
     }
 
 
+def devices(data, devices, channels, batch, bandwidth, latency):
+    values = batch * data["places"] * channels
+    layer = 1e6 * np.array([54 * channels * values / data["speed"], 32 * values / data["memory"]])
+
+    def talk(p):
+        sent = (p - 1) * (8 + 16 * channels) + 32 * channels * (1 - 1 / p)
+        waits = 3 * latency * np.array([p - 1, np.log2(p)])
+        return sent / bandwidth / 1000, waits
+
+    def shares(p):
+        send, waits = talk(p)
+        return 100 * (1 - layer.sum() / (send + waits + layer.sum()))
+
+    send, (ring, doubling) = talk(devices)
+    curves = np.array([shares(2**k) for k in range(1, 11)]).T
+    return {
+        **dict(zip(("convolution", "norm"), layer, strict=True)),
+        **{"send": send, "ring": ring, "doubling": doubling},
+        "share": dict(zip(("ring", "doubling"), shares(devices), strict=True)),
+        "curves": dict(zip(("ring", "doubling"), curves, strict=True)),
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -220,4 +243,5 @@ def in_numpy():
         "seven": seven,
         "roofline": roofline,
         "momentum": momentum,
+        "devices": devices,
     }

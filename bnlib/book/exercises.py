@@ -408,3 +408,44 @@ def _as_keras_has_it(as_keras_has_it: Any) -> bool:
         if not close(as_keras_has_it(ours, momentum, batches, n), theirs):
             return False
     return True
+
+
+@exercise(
+    "10.1",
+    "go from the first mean toward the second by the second's part of the count; both means are "
+    "then away from the new one, each by a part of the distance between them. Nothing and nothing "
+    "is nothing, not 0 / 0.",
+)
+def _combine(combine: Any) -> bool:
+    values = sample((24, 1), seed=10)[:, 0]
+
+    def describe(x: np.ndarray) -> tuple[int, float, float]:
+        return (len(x), float(x.mean()), float(x.var() * len(x))) if len(x) else (0, 0.0, 0.0)
+
+    cases = ((0, 7, 24), (0, 12, 13), (0, 0, 5), (0, 5, 5), (0, 0, 1), (3, 3, 3))
+    return all(
+        close(combine(describe(values[a:b]), describe(values[b:c])), describe(values[a:c]))
+        for a, b, c in cases
+    )
+
+
+@exercise(
+    "10.2",
+    "write the mean over the whole batch as a sum over the processes of weight times own mean, and "
+    "undo the division by the number of processes.",
+)
+def _fair_shares(factors: Any) -> bool:
+    return all(
+        close(factors(sizes), np.array(sizes) * len(sizes) / sum(sizes))
+        for sizes in ([15, 0, 1], [8, 8], [5, 2, 7, 2])
+    )
+
+
+@exercise(
+    "10.3",
+    "how large is the batch of so many devices, and by how much is the mean of such a batch off? "
+    "Round up, and mind rounding errors where the quotient is a whole number.",
+)
+def _group_size(group_size: Any) -> bool:
+    expected = {(8, 0.125): 8, (32, 0.2): 1, (2, 0.1): 50, (4, 0.3): 3, (2, 0.05): 200}
+    return all(close(group_size(*case), p) for case, p in expected.items())

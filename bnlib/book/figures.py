@@ -552,3 +552,64 @@ def memory(share: float, batches: int) -> Figure:
     right.set(title="weight of the start", xlabel="batches", ylim=(0, 1.05))
     plt.close(figure)
     return figure
+
+
+def shares(z: ArrayLike, alone: ArrayLike, together: ArrayLike) -> Figure:
+    """Show one node's batch, shape (m,), half in each process: z, and z-hat in two versions.
+
+    alone: normalized with the statistics of its half; together: with those of the whole batch.
+    """
+    z, alone, together = (np.asarray(values) for values in (z, alone, together))
+    half = len(z) // 2
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    for k, mark in enumerate("o^"):
+        own = slice(k * half, (k + 1) * half)
+        at = np.arange(len(z))[own] + 1
+        left.plot(at, z[own], mark, color=color("z"), markersize=5)
+        left.hlines(z[own].mean(), at[0] - 0.5, at[-1] + 0.5, color=color("z"), linestyle="--")
+        right.plot(at, together[own], mark, color=color("ink"), markersize=6, fillstyle="none")
+        right.plot(at, alone[own], mark, color=color("z_hat"), markersize=4)
+    left.axhline(z.mean(), color=color("ink"), linewidth=1)
+    left.set(title="$z$", xlabel="example")
+    right.set(title=r"$\hat z$", xlabel="example")
+    plt.close(figure)
+    return figure
+
+
+def share_error(sizes: ArrayLike, errors: ArrayLike) -> Figure:
+    """Show how far means of shares are off, in standard deviations, beside 1 / sqrt(size)."""
+    sizes = np.asarray(sizes)
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    ax.loglog(sizes, 1 / np.sqrt(sizes), color=color("muted"), linewidth=1.2)
+    ax.loglog(sizes, np.asarray(errors), "o", color=color("train"), markersize=5)
+    ax.set(xlabel="examples in a share", ylabel=r"error of the mean, in $\sigma$")
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    ax.minorticks_off()
+    plt.close(figure)
+    return figure
+
+
+def talk(devices: ArrayLike, curves: ArrayLike, at: int, bars: ArrayLike) -> Figure:
+    """Show the share of a step that synchronising takes, and where the time of a step goes.
+
+    curves: (2, devices), by ring and by doubling, marked at so many devices. bars: microseconds for
+    the convolution, the batch norm, the bytes, the waits in a ring, and the waits by doubling.
+    """
+    devices, bars = np.asarray(devices), np.asarray(bars)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    for curve, thing, name, lift in zip(np.asarray(curves), ("gradient", "activation"),
+                                        ("ring", "doubling"), (-13, -13), strict=True):  # fmt: skip
+        left.semilogx(devices, 100 * curve, base=2, color=color(thing))
+        k = int(np.flatnonzero(devices == at)[0])
+        left.plot(at, 100 * curve[k], "o", color=color(thing), markersize=5)
+        left.annotate(name, (at, 100 * curve[k]), (6, lift), textcoords="offset points", fontsize=9)
+    left.set(title="% of a step spent talking", xlabel="devices", ylim=(0, 100))
+    left.set_xticks([2, 16, 128, 1024], ["2", "16", "128", "1024"])
+    hues = [color(thing) for thing in ("muted", "muted", "muted", "gradient", "activation")]
+    right.bar(range(5), bars, width=0.7, color=hues, alpha=0.7)
+    right.set(title="microseconds a step")
+    names = ["conv.", "norm", "bytes", "waits:\nring", "waits:\ndoubling"]
+    right.set_xticks(range(5), names, fontsize=7)
+    plt.close(figure)
+    return figure

@@ -104,6 +104,22 @@ def as_keras_has_it(running_var, momentum, batches, n):
     return running_var - added / n
 
 
+def combine(first, second, apart=True):
+    n = first[0] + second[0]
+    if n == 0:
+        return 0, 0.0, 0.0
+    mean = (first[0] * first[1] + second[0] * second[1]) / n
+    moved = sum(k * (own - mean) ** 2 for k, own, _ in (first, second))
+    return n, mean, first[2] + second[2] + apart * moved
+
+
+def group_size(n, e, error=lambda values: values**-0.5):
+    p = 1
+    while error(p * n) > e * (1 + 1e-9):
+        p += 1
+    return p
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -135,6 +151,9 @@ RIGHT = {
     "11.1": lambda var, eps, fixed_eps: var - (fixed_eps - eps),
     "11.2": from_keras_list,
     "11.3": as_keras_has_it,
+    "10.1": combine,
+    "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
+    "10.3": group_size,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -170,6 +189,9 @@ WRONG = {  # the mistakes that the exercises are about
     "11.1": lambda var, eps, fixed_eps: var * (var + eps) / (var + fixed_eps),
     "11.2": lambda *answer: from_keras_list(*answer, neutral=(0, 0)),
     "11.3": lambda running_var, momentum, batches, n: running_var * (n - 1) / n,
+    "10.1": lambda first, second: combine(first, second, apart=False),
+    "10.2": lambda sizes: np.array(sizes) / sum(sizes),
+    "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
 }
 
 

@@ -165,6 +165,14 @@ def draw_momentum(rng):
     return {}, {**params, "batches": int(rng.integers(1, 501))}
 
 
+def draw_devices(rng):
+    data = {"places": int(rng.integers(1, 900)), "speed": 10 ** rng.uniform(10, 15)}
+    data["memory"] = 10 ** rng.uniform(9, 13)
+    ranges = {"devices": (1, 11), "channels": (4, 12), "batch": (0, 10), "bandwidth": (0, 10)}
+    params = {name: int(2 ** rng.integers(*limits)) for name, limits in ranges.items()}
+    return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -175,6 +183,7 @@ DRAW = {
     "seven": draw_seven,
     "roofline": draw_roofline,
     "momentum": draw_momentum,
+    "devices": draw_devices,
 }
 
 

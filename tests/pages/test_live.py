@@ -85,6 +85,14 @@ STEPS = {
         ("combobox", "momentum as in", 0, {"convention": 0}),
         ("slider", "momentum", "Home", {"momentum": 0.0}),
     ],
+    "devices": [
+        ("slider", "devices", "End", {"devices": 1024}),
+        ("slider", "channels", "Home ArrowRight", {"channels": 32}),
+        ("slider", "batch per device", "End", {"batch": 512}),
+        ("slider", "bandwidth", "Home", {"bandwidth": 1}),
+        ("slider", "latency", "Home", {"latency": 0.5}),
+        ("slider", "devices", "Home", {"devices": 2}),
+    ],
 }
 
 
@@ -138,6 +146,14 @@ def said_by_momentum(result, params):
     return [*conventions, 100 * share, params["batches"], 100 * result["left"], 100 * (1 - share)]
 
 
+def said_by_devices(result, params):
+    layer, send = result["convolution"] + result["norm"], result["send"]
+    numbers = [params["devices"], layer]
+    for way in ("ring", "doubling"):
+        numbers += [send + result[way], result["share"][way]]
+    return numbers
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -148,6 +164,7 @@ SAID = {
     "seven": said_by_seven,
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
+    "devices": said_by_devices,
 }
 
 
