@@ -318,16 +318,40 @@ def _with_batch_statistics(
     eps: float,
 ) -> Tensor:
     """Normalize with the batch's statistics, and move the running ones toward them."""
+    running = running_mean, running_var, momentum
     if not _is_left_to_autograd():
-        running = running_mean, running_var, momentum
         y: Tensor = _BatchStatistics.apply(x, weight, bias, *running, eps)  # type: ignore[no-untyped-call]
         return y
-    mean, var = moments(x)
-    y = normalize(x, mean, _inverse_std(var, eps), weight, bias)
-    move = _Move.apply if _is_transformed() else _move
+    y, mean, var = _in_one_expression(x, weight, bias, eps)
+    inside = _is_transformed() and not torch.compiler.is_compiling()
+    move = _Move.apply if inside else _move
     with torch.no_grad():
-        move(running_mean, running_var, momentum, mean.detach(), var.detach(), _count(x))
+        move(*running, mean, var, _count(x))
     return y
+
+
+def _in_one_expression(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take the forward steps in a form that others derive and fuse well; return y, mean, var.
+
+    As in `moments` and `normalize`, but the mean stays in its two parts, in x's own type. Autograd
+    reaches the mean through a zero on the bias: so it takes one sum of dy, which the gradient for
+    the bias needs anyway.
+    """
+    values, axes, count = _at_least_float32(x), _batch_axes(x), max(_count(x), 1)
+    shift = values.detach().sum(axes) / count
+    centered = values - _per_channel(shift, x)
+    rest_mean = centered.sum(axes) / count
+    var = (centered.square().sum(axes) / count - rest_mean.square()).clamp_min(0)
+    scale, fixed = (var + eps).rsqrt(), rest_mean.detach()
+    scale = scale if weight is None else scale * weight.reshape(-1)
+    offset = (fixed - rest_mean) * scale
+    offset = offset if bias is None else offset + bias.reshape(-1)
+    centered = values - _per_channel(shift, x) - _per_channel(fixed, x)
+    y = centered * _per_channel(scale, x) + _per_channel(offset, x)
+    mean = shift.to(statistics_dtype(x)) + fixed
+    return _laid_out_as(y.to(x.dtype), x), mean, var.detach()
 
 
 def _with_given_statistics(
@@ -520,7 +544,7 @@ def _is_left_to_autograd() -> bool:
 
 def _is_transformed() -> bool:
     """Return whether this runs inside torch.func: vmap, grad, jvp and their like."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
 
 
 PLAIN = sys.modules[__name__]
