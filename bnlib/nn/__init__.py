@@ -6,6 +6,8 @@ model = bnn.convert(model)      # every torch.nn batch norm of a model
 layer = bnn.BatchNorm2d(64)     # or one at a time
 """
 
+from bnlib.nn import functional
+from bnlib.nn.distributed import SyncBatchNorm, convert_sync_batchnorm
 from bnlib.nn.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -42,6 +44,9 @@ __all__ = [
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
     "RMSNorm",
+    "SyncBatchNorm",
     "convert",
+    "convert_sync_batchnorm",
+    "functional",
     "revert",
 ]

@@ -21,7 +21,6 @@ the Sample Variance".
 """
 
 import math
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import batchnorm
 
-from bnlib.nn import functional, kernels, modules
+from bnlib.nn import functional, modules
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -88,24 +87,28 @@ class _SyncBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return y, and the whole batch's mean, biased variance and count."""
         mean, var, count = _moments_of_all(x, group)
         invstd = (var + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, invstd, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.group = group
         ctx.mark_non_differentiable(mean, var, count)
-        return _steps(x).normalize(x, mean, invstd, weight, bias), mean, var, count
+        y = functional._core(x).normalize(x, mean, invstd, weight, bias)
+        return y, mean, var, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Return dx, and this process's part of dweight and dbias."""
         x, weight, mean, invstd, count = ctx.saved_tensors
-        dbias, dweight = _steps(x).reduce(dy, x, mean, invstd)
+        core = functional._core(x, dy)  # the GPU kernels, or plain tensor operations
+        dbias, dweight = core.reduce(dy, x, mean, invstd)
         dx = None
         if ctx.needs_input_grad[0]:
             sums = torch.stack((dbias, dweight))  # a copy: the parameters' gradients stay local
             dist.all_reduce(sums, group=ctx.group)
-            dx = _steps(x).input_gradient(dy, x, mean, invstd, weight, *sums, count)
+            dx = core.input_gradient(dy, x, mean, invstd, weight, *sums, count)
         dweight = None if weight is None else dweight.to(weight.dtype)
         dbias = None if ctx.bias_dtype is None else dbias.to(ctx.bias_dtype)
         return dx, dweight, dbias, None, None
@@ -121,7 +124,7 @@ def _moments_of_all(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     own_count = math.prod((x.shape[0], *x.shape[2:]))
     own = torch.zeros(1 + 2 * C, dtype=torch.float64, device=x.device)
     if own_count:
-        mean, var = _steps(x).moments(x)
+        mean, var = functional._core(x).moments(x)
         own[0], own[1 : 1 + C], own[1 + C :] = own_count, mean, var * own_count
     everybody = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everybody, own, group=group)
@@ -140,11 +143,6 @@ def _moments_of_all(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean = (counts * means).sum(0) / divisor
     m2 = (m2s + counts * (means - mean).square()).sum(0)  # Chan's formula, for many at once
     return mean, m2 / divisor, count
-
-
-def _steps(x: Tensor) -> ModuleType:
-    """Return who takes the four steps for x: the GPU kernels, or plain tensor operations."""
-    return kernels if x.is_cuda and kernels.available(x) else functional
 
 
 class SyncBatchNorm(modules._BatchNorm):

@@ -28,8 +28,10 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
+
+from bnlib.nn import cpu
 
 P = ParamSpec("P")
 Gradients = tuple[Tensor | None, ...]
@@ -41,19 +43,20 @@ HALVES = (torch.float16, torch.bfloat16)
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each channel.
 
-    x: floats, shape (N, C) or (N, C, *spatial). Returns two float64 vectors (float32 on a device
-    that has no float64); an empty batch gives NaN.
+    x: floats, shape (N, C) or (N, C, *spatial). Returns two vectors (C,), float64 (float32 on a
+    device that has no float64); an empty batch gives zeros.
 
     The variance is taken of what is left after a first mean is subtracted: squares of x itself
     would lose it as soon as the mean is some thousand times the spread. That first mean is a
     constant to autograd, since the result does not depend on it.
     Source: Ioffe and Szegedy (2015), Algorithm 1, lines 1 and 2.
     """
-    x, axes, wide = _at_least_float32(x), _batch_axes(x), _statistics_dtype(x)
-    shift = x.detach().mean(axes)
+    x, axes, wide = _at_least_float32(x), _batch_axes(x), statistics_dtype(x)
+    count = max(_count(x), 1)
+    shift = x.detach().sum(axes) / count
     rest = x - _per_channel(shift, x)
-    rest_mean = rest.mean(axes).to(wide)
-    var = rest.square().mean(axes).to(wide) - rest_mean.square()
+    rest_mean = rest.sum(axes).to(wide) / count
+    var = rest.square().sum(axes).to(wide) / count - rest_mean.square()
     return shift.to(wide) + rest_mean, var.clamp_min(0)  # a constant channel may round below 0
 
 
@@ -81,7 +84,7 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor,
     """
     dy, axes = _at_least_float32(dy), _batch_axes(x)
     sum_dy_centered = (dy * _centered(x, mean)).sum(axes)
-    return dy.sum(axes).to(mean.dtype), sum_dy_centered.to(mean.dtype) * invstd
+    return dy.sum(axes).to(invstd.dtype), sum_dy_centered.to(invstd.dtype) * invstd
 
 
 def input_gradient(
@@ -153,12 +156,11 @@ def batch_norm(
     input does not hold floats; TypeError for what is no tensor.
     Source: PyTorch, torch.nn.functional.batch_norm.
     """
-    _check_tensors(input=input, weight=weight, bias=bias)
-    _check_tensors(running_mean=running_mean, running_var=running_var)
-    _check_batch(input, running_mean, running_var, training, momentum, eps)
-    if input.numel():
-        given = {"running_mean": running_mean, "running_var": running_var}
-        _check_vectors(input, {**given, "weight": weight, "bias": bias})
+    given = {"running_mean": running_mean, "running_var": running_var}
+    _check_batch(input, given, training, momentum, eps)
+    if not input.numel():
+        return _nothing(input, weight, bias)
+    _check_vectors(input, {**given, "weight": weight, "bias": bias})
     if training:
         running = running_mean, running_var, momentum
         return _with_batch_statistics(input, weight, bias, *running, eps)
@@ -189,31 +191,24 @@ def instance_norm(
     torch.nn.functional.instance_norm.
     """
     _check_tensors(input=input, weight=weight, bias=bias)
-    _check_tensors(running_mean=running_mean, running_var=running_var)
     if use_input_stats and math.prod(input.shape[2:]) == 1:
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {input.shape}; "
             "a single value is its own mean, so it would always become 0"
         )
-    _check_batch(input, running_mean, running_var, use_input_stats, momentum, max(eps, 1e-5))
+    given = {"running_mean": running_mean, "running_var": running_var}
+    _check_batch(input, given, use_input_stats, momentum)
     if input.numel():
         _check_vectors(input, {"weight": weight, "bias": bias})
-        _check_lengths(input, {"running_mean": running_mean, "running_var": running_var})
+        _check_places(input, given)
     if not use_input_stats:
         assert running_mean is not None
         assert running_var is not None
         return _with_given_statistics(input, weight, bias, running_mean, running_var, eps)
     N, C, *spatial = input.shape
-    mean, var, weight, bias = (
-        None if v is None else v.reshape(-1).repeat(N)
-        for v in (running_mean, running_var, weight, bias)
-    )
+    weight, bias = (None if v is None else v.reshape(-1).repeat(N) for v in (weight, bias))
     rows = input.reshape(1, N * C, *spatial)
-    y = _with_batch_statistics(rows, weight, bias, mean, var, momentum, eps)
-    if input.numel():
-        for running, moved in ((running_mean, mean), (running_var, var)):
-            if running is not None and moved is not None:
-                running.copy_(moved.reshape(N, C).mean(0))
+    y = _with_batch_statistics(rows, weight, bias, running_mean, running_var, momentum, eps)
     return y.reshape(input.shape)
 
 
@@ -269,6 +264,7 @@ def layer_norm(
     _check_tensors(input=input, weight=weight, bias=bias)
     shape = _check_last_axes(input, normalized_shape, {"weight": weight, "bias": bias})
     _check_types(input, {"weight": weight, "bias": bias})
+    _check_floats(input, "layer_norm")
     input, weight, bias = _as_autocast_wants(input, weight, bias)
     x, values = _at_least_float32(input), math.prod(shape)
     y = _normalize_rows(x, math.prod(input.shape[: -len(shape)]), values, eps)
@@ -321,15 +317,16 @@ def _with_batch_statistics(
     momentum: float | Tensor,
     eps: float,
 ) -> Tensor:
-    """Normalize with the batch's statistics, then move the running ones toward them."""
-    if _is_left_to_autograd(x, weight, bias):
-        mean, var = moments(x)
-        y = normalize(x, mean, _inverse_std(var, eps), weight, bias)
-    else:
-        y, mean, var = _BatchStatistics.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
-    if running_mean is not None and running_var is not None and x.numel():
-        move = _Move.apply if _is_transformed() else _move
-        move(running_mean, running_var, mean.detach(), var.detach(), _count(x), momentum)
+    """Normalize with the batch's statistics, and move the running ones toward them."""
+    if not _is_left_to_autograd():
+        running = running_mean, running_var, momentum
+        y: Tensor = _BatchStatistics.apply(x, weight, bias, *running, eps)  # type: ignore[no-untyped-call]
+        return y
+    mean, var = moments(x)
+    y = normalize(x, mean, _inverse_std(var, eps), weight, bias)
+    move = _Move.apply if _is_transformed() else _move
+    with torch.no_grad():
+        move(running_mean, running_var, momentum, mean.detach(), var.detach(), _count(x))
     return y
 
 
@@ -337,9 +334,17 @@ def _with_given_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
     mean, var = mean.detach(), var.detach()
-    if _is_left_to_autograd(x, weight, bias):
+    if _is_left_to_autograd():
         return normalize(x, mean, _inverse_std(var, eps), weight, bias)
     y: Tensor = _GivenStatistics.apply(x, weight, bias, mean, var, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _nothing(x: Tensor, *vectors: Tensor | None) -> Tensor:
+    """Return an empty x as y; the gradients for the vectors are sums of nothing, so zeros."""
+    y = x.clone()
+    for vector in vectors:
+        y = y if vector is None else y + vector.sum().to(x.dtype)
     return y
 
 
@@ -356,26 +361,41 @@ class _BatchStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        core = _core(x)
-        mean, var = core.moments(x)
-        y = core.normalize(x, mean, _inverse_std(var, eps), weight, bias)
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+    ) -> Tensor:
+        count = _count(x)
+        if count > 1 and cpu.available(x, weight, bias, eps=eps):
+            y, mean, var = cpu.batch_norm(x, weight, bias, eps, _empty_for(x))
+        else:
+            core = _core(x)
+            mean, var = core.moments(x)
+            y = core.normalize(x, mean, _inverse_std(var, eps), weight, bias)
+        _move(running_mean, running_var, momentum, mean, var, count)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.bias, ctx.eps = _kind(bias), eps
-        return y, mean, var
+        ctx.bias, ctx.count, ctx.eps = _kind(bias), count, eps
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Gradients:
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, mean, var = ctx.saved_tensors
-        core = _core(x)
-        if _is_derived_again(x, dy):
-            core, (mean, var) = PLAIN, moments(x)
-        invstd = _inverse_std(var, ctx.eps)
-        sums = core.reduce(dy, x, mean, invstd)
-        dx = core.input_gradient(dy, x, mean, invstd, weight, *sums, _count(x))
-        return dx, *_vector_gradients(sums, weight, ctx.bias), None
+        again = _is_derived_again()
+        if not again and ctx.count > 1 and cpu.available(dy, x, eps=ctx.eps):
+            given = mean, var, weight, ctx.eps
+            dx, *sums = cpu.batch_norm_backward(dy, x, *given, _empty_for(x))
+        else:
+            core = PLAIN if again else _core(x, dy)
+            mean, var = moments(x) if again else (mean, var)
+            invstd = _inverse_std(var, ctx.eps)
+            sums = core.reduce(dy, x, mean, invstd)
+            dx = core.input_gradient(dy, x, mean, invstd, weight, *sums, ctx.count)
+        return dx, *_vector_gradients(sums, weight, ctx.bias), None, None, None, None
 
 
 class _GivenStatistics(torch.autograd.Function):
@@ -391,7 +411,10 @@ class _GivenStatistics(torch.autograd.Function):
         var: Tensor,
         eps: float,
     ) -> Tensor:
-        y: Tensor = _core(x).normalize(x, mean, _inverse_std(var, eps), weight, bias)
+        if cpu.available(x, weight, bias, mean, var, eps=eps):
+            y = cpu.inference(x, mean, var, weight, bias, eps, _empty_for(x))
+        else:
+            y = _core(x).normalize(x, mean, _inverse_std(var, eps), weight, bias)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.bias, ctx.eps = _kind(bias), eps
         return y
@@ -399,23 +422,25 @@ class _GivenStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Gradients:
         x, weight, mean, var = ctx.saved_tensors
-        core = PLAIN if _is_derived_again(x, dy) else _core(x)
-        invstd = _inverse_std(var, ctx.eps)
-        sums = core.reduce(dy, x, mean, invstd)
-        dx = _at_least_float32(dy) * _scale(x, invstd, weight)
-        dx = _laid_out_as(dx.to(x.dtype), x)
+        again = _is_derived_again()
+        if not again and cpu.available(dy, x, mean, eps=ctx.eps):
+            given = mean, var, weight, ctx.eps
+            dx, *sums = cpu.inference_backward(dy, x, *given, _empty_for(x))
+        else:
+            invstd = _inverse_std(var, ctx.eps)
+            sums = (PLAIN if again else _core(x, dy)).reduce(dy, x, mean, invstd)
+            dx = _at_least_float32(dy) * _scale(x, invstd, weight)
+            dx = _laid_out_as(dx.to(x.dtype), x)
         return dx, *_vector_gradients(sums, weight, ctx.bias), None, None, None
 
 
 def _vector_gradients(
-    sums: tuple[Tensor, Tensor], weight: Tensor | None, bias: tuple[Any, ...] | None
+    sums: Sequence[Tensor], weight: Tensor | None, bias: tuple[Any, ...] | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients for weight and bias: the two sums, typed and shaped as they are."""
     dbias, dweight = sums
     pairs = (_kind(weight), dweight), (bias, dbias)
-    first, second = (
-        None if kind is None else sum.to(kind[0]).reshape(kind[1]) for kind, sum in pairs
-    )
+    first, second = (None if kind is None else sum.to(kind[0]).view(kind[1]) for kind, sum in pairs)
     return first, second
 
 
@@ -424,18 +449,24 @@ def _kind(vector: Tensor | None) -> tuple[torch.dtype, torch.Size] | None:
 
 
 def _move(
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
     mean: Tensor,
     var: Tensor,
     count: int,
-    momentum: float | Tensor,
 ) -> None:
-    """Move the running statistics toward the batch's, whose variance goes in unbiased."""
-    unbiased = var * (count / (count - 1))
-    with torch.no_grad():
-        for running, batch in ((running_mean, mean), (running_var, unbiased)):
-            running.lerp_(batch.to(running.dtype), momentum)
+    """Move the running statistics toward the batch's, whose variance goes in unbiased.
+
+    mean, var: (C,); or (N * C,), one for each channel of each example, whose averages are taken.
+    """
+    if running_mean is not None and running_var is not None and mean.numel() and count:
+        unbiased = var * count / (count - 1)
+        if mean.numel() != running_mean.numel():
+            C = running_mean.numel()
+            mean, unbiased = mean.reshape(-1, C).mean(0), unbiased.reshape(-1, C).mean(0)
+        running_mean.mul_(1 - momentum).add_(momentum * mean)
+        running_var.mul_(1 - momentum).add_(momentum * unbiased)
 
 
 class _Move(torch.autograd.Function):
@@ -444,39 +475,42 @@ class _Move(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(running_mean: Tensor, running_var: Tensor, mean: Tensor, *rest: Any) -> Tensor:
+    def forward(
+        running_mean: Tensor | None, running_var: Tensor | None, *batch: Any
+    ) -> Tensor | None:
+        running = [v for v in (running_mean, running_var) if v is not None]
         is_batched = torch._C._functorch.is_batchedtensor
-        if is_batched(mean) and not (is_batched(running_mean) and is_batched(running_var)):
+        if is_batched(batch[1]) and not all(map(is_batched, running)):
             raise RuntimeError(
                 "Batch norm got a batched tensor as input while the running_mean or running_var, "
                 "which will be updated in place, were not batched; give each its own, or "
                 "normalize without running statistics: track_running_stats=False"
             )
-        _move(running_mean, running_var, mean, *rest)
-        return mean.new_zeros(())
+        _move(running_mean, running_var, *batch)
+        return torch.zeros(())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
+        """Keep nothing: nothing flows back."""
 
 
-def _is_derived_again(x: Tensor, dy: Tensor) -> bool:
-    """Return whether a backward pass is itself differentiated.
+def _is_derived_again() -> bool:
+    """Return whether a backward pass is itself differentiated or transformed.
 
     Then the statistics, which were saved as numbers, are needed as functions of x.
     """
-    return torch.is_grad_enabled() or _has_tangent(x) or _has_tangent(dy)
+    return torch.is_grad_enabled() or _is_left_to_autograd()
 
 
-def _is_left_to_autograd(*tensors: Tensor | None) -> bool:
+def _is_left_to_autograd() -> bool:
     """Return whether the plain operations are wanted themselves.
 
     Whoever writes them down (torch.compile, export, jit.trace) or transforms them (torch.func,
     forward-mode differentiation) derives them on their own.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or _is_transformed():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return True
-    return any(_has_tangent(t) for t in tensors if t is not None)
+    return forward_ad._current_level >= 0 or _is_transformed()
 
 
 def _is_transformed() -> bool:
@@ -484,17 +518,12 @@ def _is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def _has_tangent(x: Tensor) -> bool:
-    tangent = unpack_dual(x).tangent  # type: ignore[no-untyped-call]
-    return tangent is not None
-
-
 PLAIN = sys.modules[__name__]
 
 
-def _core(x: Tensor) -> Any:
+def _core(x: Tensor, *others: Tensor) -> Any:
     """Return who takes the four steps for x: this module, or its replacement on x's device."""
-    kernels = _kernels() if x.is_cuda else None
+    kernels = _kernels() if x.is_cuda and all(map(torch._C._has_storage, (x, *others))) else None
     return kernels if kernels is not None and kernels.available(x) else PLAIN
 
 
@@ -505,6 +534,10 @@ def _kernels() -> Any:
         return import_module("bnlib.nn.kernels")
     except ImportError:
         return None
+
+
+def _empty_for(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=_memory_format(x), requires_grad=False)
 
 
 def _inverse_std(var: Tensor, eps: float) -> Tensor:
@@ -550,15 +583,17 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(_float_type(x))
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of means and variances: float64, or float32 where a device has no other."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
     """Return how PyTorch lays out what is computed from x: channels last, or contiguous."""
-    strides = (x.stride(0), *x.stride()[2:], x.stride(1))
-    if x.dim() in (4, 5) and strides[-1] == 1 and [*strides] == sorted(strides, reverse=True):
-        return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    if x.dim() in (4, 5) and x.stride(1) == 1:
+        strides = [x.stride(0), *x.stride()[2:]]
+        if strides == sorted(strides, reverse=True):
+            return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
     return torch.contiguous_format
 
 
@@ -583,19 +618,19 @@ def _check_tensors(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor) and (value is not None or name == "input"):
             raise TypeError(
-                f"argument '{name}' must be Tensor, not {type(value).__name__}; for example "
-                "torch.as_tensor makes one of an array or a list"
+                f"argument '{name}' must be Tensor, not {type(value).__name__}; torch.as_tensor "
+                "makes one of an array or a list"
             )
 
 
 def _check_batch(
     x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    statistics: dict[str, Tensor | None],
     training: bool,
     momentum: float | Tensor | None,
-    eps: float,
+    eps: float = 1e-5,
 ) -> None:
+    _check_tensors(input=x, **statistics)
     if training and _count(x) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}; a "
@@ -610,32 +645,37 @@ def _check_batch(
             "argument 'momentum' must be float, not NoneType; the average over all batches is "
             "momentum 1/n for the n-th batch"
         )
-    if training and (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    for name, running in {"running_mean": running_mean, "running_var": running_var}.items():
-        if running is None and not training:
-            raise RuntimeError(
-                f"{name} must be defined in evaluation mode; without running statistics, "
-                "normalize with the batch's: training=True"
-            )
-        if running is not None and running.requires_grad and torch.is_grad_enabled():
+    missing = [name for name, vector in statistics.items() if vector is None]
+    if training and len(missing) == 1:
+        raise ValueError(
+            f"running_mean and running_var must either both be None or neither be None, and "
+            f"{missing[0]} is"
+        )
+    if missing and not training:
+        raise RuntimeError(
+            f"{missing[0]} must be defined in evaluation mode: expected running_mean and "
+            "running_var to be defined; to do without, normalize with the batch's: training=True"
+        )
+    for name, vector in statistics.items():
+        if vector is not None and vector.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"batch_norm is not differentiable with respect to argument '{name}'. This input "
                 f"cannot have requires_grad True; pass {name}.detach()"
             )
     if x.dim() < 2:
         raise RuntimeError(
-            f"expected 2 or more dimensions, (N, C) or (N, C, *spatial), got shape {x.shape}"
+            f"expected 2 or more dimensions, (N, C) or (N, C, *spatial), got shape {tuple(x.shape)}"
         )
 
 
 def _check_vectors(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
-    _check_lengths(x, vectors)
+    _check_tensors(**vectors)
+    _check_places(x, vectors)
     _check_floats(x, "batch_norm")
     _check_types(x, vectors)
 
 
-def _check_lengths(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
+def _check_places(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
     C = x.shape[1]
     for name, vector in vectors.items():
         if vector is not None and vector.numel() != C:
@@ -643,13 +683,18 @@ def _check_lengths(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
                 f"{name} should contain {C} elements not {vector.numel()}: one for each channel "
                 f"of an input of shape {tuple(x.shape)}"
             )
+        if vector is not None and vector.device != x.device:
+            raise RuntimeError(
+                f"Tensor on device {vector.device} is not on the expected device {x.device}: "
+                f"{name} must lie where the input does; move the module: .to(input.device)"
+            )
         if vector is not None and vector.dim() != 1 and name.startswith("running"):
             raise RuntimeError(f"{name} should have 1 dimension, got shape {tuple(vector.shape)}")
 
 
 def _check_floats(x: Tensor, name: str) -> None:
     if x.dtype not in FLOATS or x.layout != torch.strided:
-        kind = str(x.dtype).removeprefix("torch.").capitalize()
+        kind = str(x.dtype).removeprefix("torch.")
         raise NotImplementedError(
             f"\"{name}\" not implemented for '{kind}' of layout {x.layout}; it takes dense tensors "
             "of floats, for example input.to_dense().float()"
@@ -657,15 +702,15 @@ def _check_floats(x: Tensor, name: str) -> None:
 
 
 def _check_types(x: Tensor, vectors: dict[str, Tensor | None]) -> None:
-    types = {name: vector.dtype for name, vector in vectors.items() if vector is not None}
-    allowed = {x.dtype, torch.float32} if x.dtype in HALVES else {x.dtype}
-    if len({*types.values()}) > 1 or not {*types.values()} <= allowed:
-        got = ", ".join(f"{name} {dtype}" for name, dtype in types.items())
-        raise RuntimeError(
-            f"mixed dtype: for an input of {x.dtype} expected scalar type "
-            f"{' or '.join(sorted(map(str, allowed)))} of all parameters and statistics alike, "
-            f"got {got}; convert the input, or the module with .to(dtype)"
-        )
+    types = {vector.dtype for vector in vectors.values() if vector is not None}
+    if types <= {x.dtype} or (x.dtype in HALVES and types == {torch.float32}):
+        return
+    got = ", ".join(f"{name} {v.dtype}" for name, v in vectors.items() if v is not None)
+    halves = " or all torch.float32" if x.dtype in HALVES else ""
+    raise RuntimeError(
+        f"mixed dtype: for an input of {x.dtype} expected parameters and statistics to have "
+        f"scalar type {x.dtype}{halves}, got {got}; convert the input or the module: .to(dtype)"
+    )
 
 
 def _check_groups(x: Tensor, num_groups: int, vectors: dict[str, Tensor | None]) -> None:

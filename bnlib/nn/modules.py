@@ -36,7 +36,7 @@ def one_node(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor]
 
     @wraps(forward)
     def checked(self: Any, input: Tensor) -> Any:
-        if not isinstance(input, Proxy):
+        if isinstance(input, Tensor) or not isinstance(input, Proxy):
             return forward(self, input)
         tracer: Any = input.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
@@ -66,7 +66,7 @@ class _BatchNorm(_DropIn, batchnorm._BatchNorm):
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # the n-th batch weighs as much as each before it
-                momentum = 1 / self.num_batches_tracked
+                momentum = 1 / self.num_batches_tracked.to(F.statistics_dtype(input))
         mean, var = self.running_mean, self.running_var
         use_batch = self.training or (mean is None and var is None)
         if self.training and not self.track_running_stats:
