@@ -1,6 +1,7 @@
 # make book    build the book; it says where to open it      make serve    the same, served on loopback
 # make test    every check: linters, unit tests, notebooks, pages
 # make execute re-run the notebooks that are stale           make lint     linters and notebook rules alone
+# make bench   how fast, frugal and exact bnlib.scratch is, beside others; wants a quiet machine
 # make clean   remove what these commands made
 # A target that is up to date does nothing; `make -B test` does it all the same.
 # Variables: PYTHON=python3.12, TORCH_INDEX=<index of PyTorch's CPU builds> (README), PORT=8000.
@@ -25,7 +26,7 @@ TOOLS := $(call FILES,tools)
 TESTS := $(call FILES,tests)
 HOSTING := $(call FILES,.github) .ci/run
 
-.PHONY: book serve test execute lint unit notebooks pages clean repository pins
+.PHONY: book serve test execute lint unit notebooks pages bench clean repository pins
 .DELETE_ON_ERROR:
 
 book: _build/.book
@@ -40,6 +41,9 @@ test: lint unit notebooks pages
 
 execute: $(INSTALLED)
 	@$(BIN)/python tools/execute.py
+
+bench: $(INSTALLED)
+	@$(BIN)/python benchmarks/scratch.py
 
 lint: _build/.lint
 unit: _build/.unit
@@ -93,11 +97,13 @@ _build/.pages: _build/.book $(TESTS)
 repository: $(INSTALLED)
 	@$(BIN)/python tools/repository.py "$(URL)"
 
-# Pin the newest versions that requirements.in allows.
+# Pin the newest versions that requirements.in allows; on Linux, since Triton exists there alone.
+# What the CUDA build of PyTorch brings for itself is left out.
 pins:
 	@rm -rf _build/pins && $(PYTHON) -m venv _build/pins && _build/pins/bin/pip install --quiet -r requirements.in
 	@{ echo "# Made by 'make pins' from requirements.in: the build of the book is reproducible."; \
-	  _build/pins/bin/pip freeze | sed 's/+cpu$$//' | grep -v -E '^(nvidia|cuda|triton)'; } > requirements.new && mv requirements.new requirements.txt
+	  _build/pins/bin/pip freeze | sed 's/+cpu$$//; s/^triton==.*/& ; sys_platform == "linux"/' \
+	    | grep -v -E '^(nvidia|cuda)'; } > requirements.new && mv requirements.new requirements.txt
 
 clean:
 	@rm -rf _build .pytest_cache .ruff_cache chapters/.ruff_cache .mypy_cache .hypothesis

@@ -133,6 +133,66 @@ def variance(data, mean, std):
     }
 
 
+def training(data, rate, start):
+    at = np.argmin(np.abs(np.log10(data["rates"]) - np.log10(rate)))
+    curves = {key: np.array(data["starts"][start][key]) for key in ("with", "without")}
+    ends = {key: curve[:, -5:].mean(axis=1) for key, curve in curves.items()}
+    return {
+        **{key: curve[at] for key, curve in curves.items()},
+        **{key: data[key] for key in ("rates", "block", "cap")},
+        "ends": ends,
+        "last": {key: end[at] for key, end in ends.items()},
+    }
+
+
+PYTORCH = {"inUse": 0, "inMemory": 1, "share": 0.1, "start": 1}
+
+
+def seven(data, layer, size, fed):
+    z = np.array(data["z"], dtype=float)
+    batches = np.resize(z, (fed + 1, size))  # as often as needed, from the start again
+    variances = batches.var(axis=1)
+
+    def rule(kind):
+        mean, running = 0.0, [float(kind["start"])]
+        for batch in batches[:fed]:
+            new = batch.var(ddof=kind["inMemory"])
+            mean = (1 - kind["share"]) * mean + kind["share"] * batch.mean()
+            running.append((1 - kind["share"]) * running[-1] + kind["share"] * new)
+        used, std = batches[fed].var(ddof=kind["inUse"]), np.sqrt(running[-1] + data["eps"])
+        return {
+            "variance": running,
+            "training": np.sqrt(variances[fed] / (used + data["eps"])),
+            "evaluation": z.std() / std,
+            "place": (z.mean() - mean) / std,
+        }
+
+    ours, theirs = rule(data["layers"][layer]), rule(PYTORCH)
+    return {"ours": ours, "theirs": theirs, "vars": variances[:fed]}
+
+
+def roofline(data, batch, channels, height, format, card):
+    values = np.prod([2.0**batch, 2.0**channels, height, height])
+    size = data["formats"][format]["bytes"]
+    moved = np.array(data["trips"]) * size * values
+    bandwidths, peaks = (np.array([c[key] for c in data["cards"]]) for key in ("bandwidth", "peak"))
+    intensity = data["operations"][0] / (data["trips"][0] * size)
+    attained = np.minimum(1e9 * bandwidths * intensity, 1e12 * peaks)[card]
+    return {
+        "megabytes": moved / 1e6,
+        "times": 1e6 * moved / (1e9 * bandwidths[card]),
+        "steps": 1e6 * moved.sum() / (1e9 * bandwidths),
+        "intensity": intensity,
+        "rate": attained / 1e12,
+        "share": attained / (1e12 * peaks[card]),
+        "roofs": {
+            "start": 1e9 * bandwidths * 0.1 / 1e12,
+            "ridge": 1e12 * peaks / (1e9 * bandwidths),
+            "peak": peaks,
+        },
+    }
+
+
 def momentum(data, convention, momentum, batches):
     share = [momentum, 1 - momentum][convention]
     back, at = np.arange(20), np.linspace(0, max(60, batches), 101)
@@ -147,6 +207,29 @@ def momentum(data, convention, momentum, batches):
     }
 
 
+def devices(data, devices, channels, batch, bandwidth, latency):
+    values = batch * data["places"] * channels
+    layer = 1e6 * np.array([54 * channels * values / data["speed"], 32 * values / data["memory"]])
+
+    def talk(p):
+        sent = (p - 1) * (8 + 16 * channels) + 32 * channels * (1 - 1 / p)
+        waits = 3 * latency * np.array([p - 1, np.log2(p)])
+        return sent / bandwidth / 1000, waits
+
+    def shares(p):
+        send, waits = talk(p)
+        return 100 * (1 - layer.sum() / (send + waits + layer.sum()))
+
+    send, (ring, doubling) = talk(devices)
+    curves = np.array([shares(2**k) for k in range(1, 11)]).T
+    return {
+        **dict(zip(("convolution", "norm"), layer, strict=True)),
+        **{"send": send, "ring": ring, "doubling": doubling},
+        "share": dict(zip(("ring", "doubling"), shares(devices), strict=True)),
+        "curves": dict(zip(("ring", "doubling"), curves, strict=True)),
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -156,5 +239,9 @@ def in_numpy():
         "backward": backward,
         "running": running,
         "variance": variance,
+        "training": training,
+        "seven": seven,
+        "roofline": roofline,
         "momentum": momentum,
+        "devices": devices,
     }

@@ -62,7 +62,13 @@ class TestWalls:
     @pytest.mark.parametrize("module", LIGHT, ids=name_of)
     def test_scratch_and_data_need_numpy_alone(self, module):
         allowed = (*sys.stdlib_module_names, "numpy", "bnlib.scratch", "bnlib.data")
-        assert [name for name in imported_at_once(module) if not inside(name, *allowed)] == []
+        names = imported_at_once(module)
+        if (
+            module.name == "compiled.py"
+        ):  # which `fast` imports when it is called, if there is Numba
+            names.remove("numba.njit")
+        assert [name for name in names if not inside(name, *allowed)] == []
+        assert "bnlib.scratch.compiled" not in names
         heavy = ("torch", "matplotlib", "IPython", "bnlib.nn")
         assert [name for name in imported(module) if inside(name, *heavy)] == []
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bnlib.scratch import functional
+from bnlib.scratch.layers import Linear, ReLU, Sequential
 
 Test = Callable[[Any], bool]
 
@@ -217,6 +218,153 @@ def _backward_line(backward_line: Any) -> bool:
     return close(A * dy + B * x + C, expected)
 
 
+# Chapter 5
+
+
+@exercise(
+    "05.1", "how many steps has an epoch, and how many images does each of them send forward?"
+)
+def _images_forward(images_forward: Any) -> bool:
+    return all(close(images_forward(n, m), n * (n // m)) for n, m in ((12, 4), (4000, 64)))
+
+
+@exercise(
+    "05.2", "by how many standard deviations does a batch of m miss? Set that to a twentieth."
+)
+def _batch_large_enough(answer: Any) -> bool:
+    return close(answer, 400.0)
+
+
+@exercise(
+    "05.3",
+    "go through the layers in order; at each Linear change weight and bias so that its own output "
+    "is normalized, and send that on, since the next layer's values depend on it.",
+)
+def _normalize_once(normalize_once: Any) -> bool:
+    rng = np.random.default_rng(0)
+    first, second, third = (
+        Linear(inputs, nodes, dtype=np.float64, rng=rng)
+        for inputs, nodes in ((9, 8), (8, 7), (7, 3))
+    )
+    x = sample((50, 9))
+    normalize_once(Sequential(first, ReLU(), second, ReLU(), third), x.copy())
+    for linear in (first, second, third):
+        z = linear(x)
+        if not (
+            close(z.mean(axis=0), np.zeros(z.shape[1]))
+            and close(z.std(axis=0), np.ones(z.shape[1]), 1e-3)
+        ):
+            return False
+        x = ReLU()(z)
+    return True
+
+
+@exercise(
+    "07.1",
+    "y = weight * invstd * (x - mean) + bias, and nothing in front of x moves with x: which path "
+    "of chapter 3 is left?",
+)
+def _frozen_backward(frozen_backward: Any) -> bool:
+    import torch
+
+    x, dy = (torch.tensor(sample((4, 3, 2, 5), seed)) for seed in (0, 1))
+    mean, invstd, weight = torch.tensor([[1.0, -2, 3], [0.5, 4, 1], [2, -1, 0.3]]).double()
+    dy_, x_, mean_, var_, weight_ = (v.numpy() for v in (dy, x, mean, invstd**-2, weight))
+    expected = functional.batch_norm_inference_backward(dy_, x_, mean_, var_, weight_, eps=0)
+    pairs = zip(frozen_backward(dy, x, weight, mean, invstd), expected, strict=True)
+    return all(close(answer, right) for answer, right in pairs)
+
+
+@exercise("07.2", "the first batch replaces the start entirely; the second is one of two.")
+def _momentum_of(momentum_of: Any) -> bool:
+    return all(close(momentum_of(n), 1 / (n + 1)) for n in (0, 1, 9))
+
+
+@exercise("07.3", "compare the sum of squares divided by m with the same sum divided by m - 1.")
+def _factor(factor: Any) -> bool:
+    return all(close(factor(m), 1 - 1 / m) for m in (2, 8, 32))
+
+
+@exercise(
+    "08.1",
+    "carry out each of the rules on the variances: where does it start, which variance does it "
+    "average, how much does the newest batch weigh? Compare where they arrive.",
+)
+def _whose(whose: Any) -> bool:
+    def followed(variances: np.ndarray, share: float, start: float, factor: float) -> float:
+        running = start
+        for v in variances:
+            running = (1 - share) * running + share * factor * v
+        return running
+
+    rng = np.random.default_rng(8)
+    for k, m in ((3, 4), (12, 8), (30, 2)):
+        variances = rng.gamma(4, 0.7, k)
+        rules = {
+            "PyTorch": (0.1, 1.0, m / (m - 1)),
+            "textbook": (0.1, 1.0, 1.0),
+            "d2l": (0.9, 1.0, 1.0),
+            "CS231n": (0.1, 0.0, 1.0),
+        }
+        if any(whose(variances, m, followed(variances, *r)) != name for name, r in rules.items()):
+            return False
+    return True
+
+
+@exercise(
+    "08.2",
+    "write both averages as a sum: how much does the start weigh after k batches, and what does "
+    "each batch carry in one that it does not in the other?",
+)
+def _to_pytorch(to_pytorch: Any) -> bool:
+    rng = np.random.default_rng(9)
+    for k, m in ((1, 2), (10, 8), (60, 64)):
+        theirs, ours = np.zeros(3), np.ones(3)
+        for v in rng.gamma(4, 0.7, (k, 3)):
+            theirs, ours = 0.9 * theirs + 0.1 * v, 0.9 * ours + 0.1 * v * m / (m - 1)
+        if not close(to_pytorch(theirs, k, m), ours):
+            return False
+    return True
+
+
+@exercise(
+    "08.3",
+    "chapter 3's line subtracts two things from dy before it multiplies by gamma / std; here that "
+    "factor is inside g already.",
+)
+def _put_back(put_back: Any) -> bool:
+    x, dy, gamma = sample((7, 1)), sample((7, 1), seed=1), 1.7
+    _, cache = functional.batch_norm(x, [gamma], [0.0], eps=1e-12)
+    dx, _, _ = functional.batch_norm_backward(dy, cache)
+    g = gamma / cache.std * dy
+    return close(put_back(g[:, 0], cache.z_hat[:, 0]), dx[:, 0])
+
+
+@exercise(
+    "09.1",
+    "count the trips first: what is read for the sums, what is read again, what is written? Then "
+    "the bytes of a value with 16 bits.",
+)
+def _backward_bytes(backward_bytes: Any) -> bool:
+    shapes = ((256, 64, 56, 56), (4096, 1024), (3, 5, 7))
+    return all(close(backward_bytes(shape), 10 * math.prod(shape)) for shape in shapes)
+
+
+@exercise("09.2", "a tile that sticks out needs a program too, in each of the two directions.")
+def _programs_needed(programs_needed: Any) -> bool:
+    cases = {(10, 1, 4, 1): 3, (200_704, 64, 4096, 1): 3136, (33, 70, 32, 64): 4, (8, 3, 8, 4): 1}
+    return all(close(programs_needed(*case), count) for case, count in cases.items())
+
+
+@exercise(
+    "09.3",
+    "with the leading one a number has one bit more; from which power of two on are "
+    "neighbours two apart?",
+)
+def _stops_at(stops_at: Any) -> bool:
+    return all(close(stops_at(bits), total) for bits, total in ((3, 16), (7, 256), (10, 2048)))
+
+
 @exercise("11.1", "the layer divides by one root; which sum has to stay the same under it?")
 def _variance_for(variance_for: Any) -> bool:
     var = np.array([4.0, 0.3, 1e-6])
@@ -260,3 +408,44 @@ def _as_keras_has_it(as_keras_has_it: Any) -> bool:
         if not close(as_keras_has_it(ours, momentum, batches, n), theirs):
             return False
     return True
+
+
+@exercise(
+    "10.1",
+    "go from the first mean toward the second by the second's part of the count; both means are "
+    "then away from the new one, each by a part of the distance between them. Nothing and nothing "
+    "is nothing, not 0 / 0.",
+)
+def _combine(combine: Any) -> bool:
+    values = sample((24, 1), seed=10)[:, 0]
+
+    def describe(x: np.ndarray) -> tuple[int, float, float]:
+        return (len(x), float(x.mean()), float(x.var() * len(x))) if len(x) else (0, 0.0, 0.0)
+
+    cases = ((0, 7, 24), (0, 12, 13), (0, 0, 5), (0, 5, 5), (0, 0, 1), (3, 3, 3))
+    return all(
+        close(combine(describe(values[a:b]), describe(values[b:c])), describe(values[a:c]))
+        for a, b, c in cases
+    )
+
+
+@exercise(
+    "10.2",
+    "write the mean over the whole batch as a sum over the processes of weight times own mean, and "
+    "undo the division by the number of processes.",
+)
+def _fair_shares(factors: Any) -> bool:
+    return all(
+        close(factors(sizes), np.array(sizes) * len(sizes) / sum(sizes))
+        for sizes in ([15, 0, 1], [8, 8], [5, 2, 7, 2])
+    )
+
+
+@exercise(
+    "10.3",
+    "how large is the batch of so many devices, and by how much is the mean of such a batch off? "
+    "Round up, and mind rounding errors where the quotient is a whole number.",
+)
+def _group_size(group_size: Any) -> bool:
+    expected = {(8, 0.125): 8, (32, 0.2): 1, (2, 0.1): 50, (4, 0.3): 3, (2, 0.05): 200}
+    return all(close(group_size(*case), p) for case, p in expected.items())

@@ -5,6 +5,7 @@ Each function returns a matplotlib figure in the book's look; call `style.use` f
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import colors as mpl_colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -190,14 +191,13 @@ def answers(image: ArrayLike, scores: ArrayLike, fixed: ArrayLike | None = None)
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 2.6), figsize=(WIDTH, 2.4))
     left.imshow(np.asarray(image), vmin=0, vmax=1)
     left.axis("off")
-    beside = np.linspace(
-        -0.3, 0.3, len(scores)
-    )  # so that dots of one height do not cover each other
+    # Side by side, so that dots of one height do not cover each other.
+    beside = np.linspace(-0.3, 0.3, len(scores))
     for k, column in enumerate(scores.T):
         right.plot(k + beside, column, "o", color=color("train"), alpha=0.4, markersize=2.5,
                    markeredgewidth=0)  # fmt: skip
     if fixed is not None:
-        ends = np.arange(len(fixed))
+        ends = np.arange(scores.shape[1])
         right.hlines(
             np.asarray(fixed), ends - 0.42, ends + 0.42, color=color("eval"), linewidth=2.5
         )
@@ -262,12 +262,263 @@ def roofline(points: dict[str, tuple[float, float]], bandwidth: float, peak: flo
     return figure
 
 
-def digits_right(digits: ArrayLike, names: ArrayLike) -> Figure:
+def digits_right(digits: ArrayLike, names: list[str]) -> Figure:
     """Show how many digits several ways get right, one bar each."""
     figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
-    ax.bar(range(len(np.asarray(names))), np.asarray(digits), color=color("y"), alpha=0.6)
-    ax.set(xticks=range(len(np.asarray(names))), ylabel="right digits", ylim=(0, 8.4))
-    ax.set_xticklabels([str(name).replace("_", " ") for name in np.asarray(names)])
+    ax.bar(names, np.asarray(digits), color=color("y"), alpha=0.6)
+    ax.set(ylabel="right digits", ylim=(0, 8.4))
+    plt.close(figure)
+    return figure
+
+
+def losses(with_norm: ArrayLike, without: ArrayLike, block: int) -> Figure:
+    """Show training losses with batch norm and without, each (seeds, steps), a line per seed.
+
+    block: over how many steps each point averages.
+    """
+    figure, ax = plt.subplots()
+    for values, label, dash, thing in (
+        (without, "without batch norm", "--", "muted"),
+        (with_norm, "with batch norm", "-", "y"),
+    ):
+        values = np.asarray(values)
+        smooth = values.reshape(len(values), -1, block).mean(axis=2)
+        steps = (np.arange(smooth.shape[1]) + 0.5) * block
+        lines = ax.plot(steps, smooth.T, dash, color=color(thing), alpha=0.8, linewidth=1.4)
+        lines[0].set_label(label)
+    ax.set(xlabel="step", ylabel="training loss", ylim=(0, 1.3 * ax.get_ylim()[1]))
+    ax.legend(loc="upper right", ncols=2)
+    plt.close(figure)
+    return figure
+
+
+def spreads(without: ArrayLike, with_norm: ArrayLike) -> Figure:
+    """Show the spread of what each node hands on while training, each (steps, nodes)."""
+    figure, ax = plt.subplots()
+    looks = ((without, "z", "--", "$z$, without"), (with_norm, "y", "-", "$y$, with batch norm"))
+    for values, thing, dash, label in looks:
+        lines = ax.plot(np.asarray(values), dash, color=color(thing), linewidth=1.2)
+        lines[0].set_label(label)
+    ax.set(xlabel="step", ylabel="standard deviation", ylim=(0, 1.25 * ax.get_ylim()[1]))
+    ax.legend(loc="upper left", ncols=2)
+    plt.close(figure)
+    return figure
+
+
+def training(
+    curves: tuple[ArrayLike, ArrayLike],
+    ends: tuple[ArrayLike, ArrayLike],
+    rates: ArrayLike,
+    rate: float,
+    block: int,
+    cap: float,
+) -> Figure:
+    """Show the losses over the steps at one learning rate, and at the end for all of them.
+
+    curves: with batch norm and without, one mean per block of steps, up to cap. ends: the last
+    losses, one per rate.
+    """
+    figure, (left, right) = plt.subplots(1, 2, sharey=True)
+    looks = (("with", "-", "y"), ("without", "--", "muted"))
+    for (label, dash, thing), curve, end in zip(looks, curves, ends, strict=True):
+        steps = (np.arange(len(np.asarray(curve))) + 0.5) * block
+        left.plot(steps, curve, dash, color=color(thing), label=label)
+        right.semilogx(rates, end, dash, color=color(thing))
+    right.axvline(rate, color=color("ink"), linewidth=1)
+    left.set(xlabel="step", ylabel="loss", ylim=(0, cap), title=f"learning rate {rate:g}")
+    left.legend(loc="upper right")
+    right.set(xlabel="learning rate", title="at the end, by rate")
+    plt.close(figure)
+    return figure
+
+
+def gradient_sizes(sizes: dict[tuple[str, bool], ArrayLike]) -> Figure:
+    """Show the gradient's size from layer 2 on; keys: (initial weights, whether batch norm)."""
+    figure, ax = plt.subplots()
+    marks = dict(zip(dict.fromkeys(start for start, _ in sizes), "^os", strict=False))
+    for (start, norm), values in sizes.items():
+        values = np.asarray(values)
+        label = f"{start}, {'with' if norm else 'without'}"
+        look = {"linestyle": "-" if norm else "--", "color": color("y" if norm else "muted")}
+        layers = np.arange(2, len(values) + 2)
+        ax.semilogy(layers, values, marker=marks[start], markersize=4, label=label, **look)
+    ax.set(xlabel="layer", ylabel="size of the gradient", xticks=(2, 5, 10, 15, 20))
+    ax.legend()
+    plt.close(figure)
+    return figure
+
+
+def along_gradient(without: ArrayLike, with_norm: ArrayLike, steps: ArrayLike) -> Figure:
+    """Show the lowest and highest loss along the gradient at some steps, each (steps, 2)."""
+    figure, ax = plt.subplots()
+    looks = ((without, "without batch norm", "muted"), (with_norm, "with batch norm", "y"))
+    for bounds, label, thing in looks:
+        low, high = np.asarray(bounds).T
+        ax.fill_between(steps, low, high, color=color(thing), alpha=0.4, lw=0, label=label)
+        ax.plot(steps, low, steps, high, color=color(thing), linewidth=1)
+    ax.set(xlabel="step", ylabel="loss along the gradient", ylim=(0, None))
+    ax.legend()
+    plt.close(figure)
+    return figure
+
+
+def noise(sizes: ArrayLike, noises: dict[str, ArrayLike]) -> Figure:
+    """Show kinds of noise against the batch size; the lines fall like its inverse root."""
+    sizes = np.asarray(sizes)
+    figure, ax = plt.subplots()
+    for (label, values), mark, thing in zip(
+        noises.items(), "o^s", ("z", "z_hat", "activation"), strict=False
+    ):
+        values = np.asarray(values)
+        scale = values[-1] * sizes[-1] ** 0.5
+        ax.loglog(sizes, scale / sizes**0.5, color=color(thing), linewidth=1)
+        ax.loglog(sizes, values, mark, color=color(thing), label=label)
+    ax.set(xlabel="batch size", ylabel="noise", xticks=sizes, xticklabels=sizes)
+    ax.minorticks_off()
+    ax.legend()
+    plt.close(figure)
+    return figure
+
+
+def in_step(losses: ArrayLike, others: ArrayLike) -> Figure:
+    """Show the losses of two runs, shape (steps,), and how far they are apart."""
+    losses, others = np.asarray(losses), np.asarray(others)
+    figure, (left, right) = plt.subplots(1, 2)
+    steps = np.arange(1, len(losses) + 1)
+    left.plot(steps, losses, color=color("muted"), label="PyTorch's")
+    left.plot(steps[::3], others[::3], "o", color=color("y"), markersize=4, label="ours")
+    left.set(xlabel="step", ylabel="loss")
+    left.legend()
+    right.semilogy(steps, np.maximum(abs(losses - others), 1e-17), color=color("ink"))
+    right.set(xlabel="step", ylabel="difference")
+    plt.close(figure)
+    return figure
+
+
+def verdicts(grid: dict[str, list[str]], columns: list[str]) -> Figure:
+    """Show a grid of verdicts, row by row: same (dot), differs (square) or none (dash)."""
+    looks = {"same": ("o", "muted", 4), "differs": ("s", "ink", 8), "none": ("_", "muted", 9)}
+    figure, ax = plt.subplots(figsize=(WIDTH, 4.6))
+    for verdict, (mark, hue, size) in looks.items():
+        places = [(j, i) for i, row in enumerate(grid.values()) for j, v in enumerate(row)
+                  if v == verdict]  # fmt: skip
+        ax.plot(*np.reshape(places, (-1, 2)).T, mark, color=color(hue), markersize=size)
+    ax.set(xlim=(-0.6, len(columns) - 0.4), ylim=(len(grid) - 0.4, -0.6))
+    ax.set_xticks(range(len(columns)), columns, rotation=40, ha="left", rotation_mode="anchor")
+    ax.set_yticks(range(len(grid)), list(grid))
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    plt.close(figure)
+    return figure
+
+
+def wandering(steady: ArrayLike, moving: ArrayLike, shares: tuple[str, str]) -> Figure:
+    """Show two accuracies in percent, batch by batch; shares: the newest batch's weight in each."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    for values, hue, share in zip((steady, moving), ("muted", "eval"), shares, strict=True):
+        values = np.asarray(values)
+        ax.plot(np.arange(1, len(values) + 1), values, ".-", color=color(hue), linewidth=1.2,
+                label=f"the newest batch weighs {share}")  # fmt: skip
+    ax.set(xlabel="batch", ylabel="test accuracy in %")
+    figure.legend(loc="outside upper center", ncols=2)
+    plt.close(figure)
+    return figure
+
+
+def against_pytorch(z: ArrayLike, layer: dict[str, float], size: int, fed: int) -> Figure:
+    """Show a layer's running variance and the width of its outputs beside PyTorch's.
+
+    z: values of one node, taken in batches of `size`, from the start again at the end. layer: the
+    corrections (0 or 1) `inUse` and `inMemory`, the `share` of a new batch, and the `start`.
+    """
+    z, torch = np.asarray(z), {"inUse": 0, "inMemory": 1, "share": 0.1, "start": 1}
+    batches = z[np.arange(fed * size) % len(z)].reshape(fed, size)
+    variances = batches.var(axis=1)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6), width_ratios=(1.6, 1))
+    left.plot(np.arange(1, fed + 1), variances, "o", color=color("train"), alpha=0.6,
+              markersize=3.5, markeredgewidth=0)  # fmt: skip
+    for rule, hue, fill in ((torch, "muted", "none"), (layer, "eval", color("eval"))):
+        run = [float(rule["start"])]
+        for v in variances:
+            new = v * (size / (size - 1)) ** rule["inMemory"]
+            run.append((1 - rule["share"]) * run[-1] + rule["share"] * new)
+        left.plot(run, color=color(hue))
+        widths = [(1 - 1 / size) ** (rule["inUse"] / 2), np.sqrt(z.var() / run[-1])]
+        right.bar((0, 1), widths, 0.6 if rule is layer else 0.8, color=fill, alpha=0.6,
+                  edgecolor=color(hue))  # fmt: skip
+    left.set(title="running variance", xlabel="batch")
+    right.set(title="width of the output", xticks=(0, 1))
+    right.set_xticklabels(("training", "evaluation"))
+    plt.close(figure)
+    return figure
+
+
+def climbs(paths: dict[str, list[float]], goal: float) -> Figure:
+    """Show averages on their way to a goal, by the name of their number format."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    highest = max(path[-1] for path in paths.values())
+    for (name, path), thing in zip(paths.items(), ("ink", "z_hat", "z"), strict=True):
+        ax.hlines(goal, 0, len(path), color=color("muted"), linestyle="--", linewidth=1)
+        ax.plot(path, color=color(thing))
+        above = path[-1] == highest  # two may end close together: their names go to either side
+        ax.annotate(name, (len(path), path[-1]), (5, 0), textcoords="offset points", fontsize=9,
+                    color=color(thing), va="bottom" if above else "top")  # fmt: skip
+    ax.set(xlabel="batch", ylabel="running variance", xlim=(0, 1.22 * len(path)))
+    ax.set_xticks(range(0, len(path) + 1, len(path) // 4))
+    plt.close(figure)
+    return figure
+
+
+def painted(strips: ArrayLike, columns: int = 24) -> Figure:
+    """Show memory in rows of `columns` values, coloured and numbered by program.
+
+    strips: one strip of program numbers for each panel, shape (panels, values).
+    """
+    strips = np.asarray(strips)
+    rows = strips.shape[1] // columns
+    figure, axes = plt.subplots(len(strips), 1, figsize=(WIDTH, 0.6 * len(strips) * rows))
+    hues = np.array([mpl_colors.to_rgb(color(c)) for c in ("z", "z_hat", "y", "activation")])
+    for ax, strip in zip(np.atleast_1d(axes), strips, strict=True):
+        table = strip.reshape(rows, columns)
+        ax.imshow(1 - 0.45 * (1 - hues[table % len(hues)]), aspect="auto")
+        ax.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
+        ax.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+        ax.grid(which="minor", color="white", linewidth=1)
+        ax.tick_params(which="both", length=0)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        changes = np.flatnonzero(np.diff(strip, prepend=-1))
+        for start, end in zip(changes, [*changes[1:], len(strip)], strict=True):
+            row, first = divmod(int(start), columns)
+            last = min(int(end), (row + 1) * columns) - 1 - row * columns
+            ax.text((first + last) / 2, row, f"program {strip[start]}", ha="center", va="center",
+                    fontsize=9)  # fmt: skip
+    plt.close(figure)
+    return figure
+
+
+def roofs(
+    cards: dict[str, tuple[float, float]], intensity: float, microseconds: ArrayLike
+) -> Figure:
+    """Show the roofs of several cards with a dot on the slope, and the least time on each.
+
+    cards: by name, bytes a second and operations a second. intensity: operations per byte of the
+    dot, which stands under the first card's roof. microseconds: one time for each card.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6), width_ratios=(3, 2))
+    x = np.logspace(-1, 3, 60)
+    for i, (name, (bandwidth, peak)) in enumerate(cards.items()):
+        hue = color("muted" if i else "ink")
+        left.loglog(x, np.minimum(bandwidth * x, peak) / 1e12, color=hue)
+        left.annotate(name, (x[-1], peak / 1e12), (0, -11), textcoords="offset points",
+                      ha="right", color=hue, fontsize=9)  # fmt: skip
+    bandwidth = next(iter(cards.values()))[0]
+    left.plot(intensity, bandwidth * intensity / 1e12, "o", color=color("y"))
+    left.set(xlabel="operations per byte", ylabel="$10^{12}$ operations a second")
+    bars = right.bar(range(len(cards)), np.asarray(microseconds), color=color("y"), alpha=0.55)
+    bars[0].set_alpha(1)
+    right.set(ylabel="microseconds at least", xticks=range(len(cards)), xticklabels=[*cards])
     plt.close(figure)
     return figure
 
@@ -299,5 +550,66 @@ def memory(share: float, batches: int) -> Figure:
     right.plot(k, (1 - share) ** k, color=color("eval"))
     right.axvline(batches, color=color("muted"), linewidth=0.8, linestyle="--")
     right.set(title="weight of the start", xlabel="batches", ylim=(0, 1.05))
+    plt.close(figure)
+    return figure
+
+
+def shares(z: ArrayLike, alone: ArrayLike, together: ArrayLike) -> Figure:
+    """Show one node's batch, shape (m,), half in each process: z, and z-hat in two versions.
+
+    alone: normalized with the statistics of its half; together: with those of the whole batch.
+    """
+    z, alone, together = (np.asarray(values) for values in (z, alone, together))
+    half = len(z) // 2
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    for k, mark in enumerate("o^"):
+        own = slice(k * half, (k + 1) * half)
+        at = np.arange(len(z))[own] + 1
+        left.plot(at, z[own], mark, color=color("z"), markersize=5)
+        left.hlines(z[own].mean(), at[0] - 0.5, at[-1] + 0.5, color=color("z"), linestyle="--")
+        right.plot(at, together[own], mark, color=color("ink"), markersize=6, fillstyle="none")
+        right.plot(at, alone[own], mark, color=color("z_hat"), markersize=4)
+    left.axhline(z.mean(), color=color("ink"), linewidth=1)
+    left.set(title="$z$", xlabel="example")
+    right.set(title=r"$\hat z$", xlabel="example")
+    plt.close(figure)
+    return figure
+
+
+def share_error(sizes: ArrayLike, errors: ArrayLike) -> Figure:
+    """Show how far means of shares are off, in standard deviations, beside 1 / sqrt(size)."""
+    sizes = np.asarray(sizes)
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    ax.loglog(sizes, 1 / np.sqrt(sizes), color=color("muted"), linewidth=1.2)
+    ax.loglog(sizes, np.asarray(errors), "o", color=color("train"), markersize=5)
+    ax.set(xlabel="examples in a share", ylabel=r"error of the mean, in $\sigma$")
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+    ax.minorticks_off()
+    plt.close(figure)
+    return figure
+
+
+def talk(devices: ArrayLike, curves: ArrayLike, at: int, bars: ArrayLike) -> Figure:
+    """Show the share of a step that synchronising takes, and where the time of a step goes.
+
+    curves: (2, devices), by ring and by doubling, marked at so many devices. bars: microseconds for
+    the convolution, the batch norm, the bytes, the waits in a ring, and the waits by doubling.
+    """
+    devices, bars = np.asarray(devices), np.asarray(bars)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    for curve, thing, name, lift in zip(np.asarray(curves), ("gradient", "activation"),
+                                        ("ring", "doubling"), (-13, -13), strict=True):  # fmt: skip
+        left.semilogx(devices, 100 * curve, base=2, color=color(thing))
+        k = int(np.flatnonzero(devices == at)[0])
+        left.plot(at, 100 * curve[k], "o", color=color(thing), markersize=5)
+        left.annotate(name, (at, 100 * curve[k]), (6, lift), textcoords="offset points", fontsize=9)
+    left.set(title="% of a step spent talking", xlabel="devices", ylim=(0, 100))
+    left.set_xticks([2, 16, 128, 1024], ["2", "16", "128", "1024"])
+    hues = [color(thing) for thing in ("muted", "muted", "muted", "gradient", "activation")]
+    right.bar(range(5), bars, width=0.7, color=hues, alpha=0.7)
+    right.set(title="microseconds a step")
+    names = ["conv.", "norm", "bytes", "waits:\nring", "waits:\ndoubling"]
+    right.set_xticks(range(5), names, fontsize=7)
     plt.close(figure)
     return figure

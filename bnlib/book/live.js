@@ -100,12 +100,16 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
       if (hi > lo) add("rect", { x: X(lo), width: X(hi) - X(lo), y: top, height: H - bottom - top,
         fill: color, "fill-opacity": 0.1 });
     },
-    line(xs, ys, color) {
-      const points = xs.map((x, i) => `${X(x).toFixed(1)},${Y(ys[i]).toFixed(1)}`);
-      add("polyline", { points: points.join(" "), fill: "none", stroke: color, "stroke-width": 2 });
+    // What leaves the panel runs along its edge.
+    line(xs, ys, color, dashed = false) {
+      const points = xs.map((v, i) =>
+        `${X(v).toFixed(1)},${Y(Math.min(Math.max(ys[i], y0), y1)).toFixed(1)}`);
+      add("polyline", { points: points.join(" "), fill: "none", stroke: color,
+        "stroke-width": 2.5, ...(dashed && { "stroke-dasharray": "6 4" }) });
     },
     dots(xs, ys, color) {
-      xs.forEach((x, i) => add("circle", { cx: X(x), cy: Y(ys[i]), r: 2.6, fill: color, "fill-opacity": 0.65 }));
+      xs.forEach((v, i) =>
+        add("circle", { cx: X(v), cy: Y(ys[i]), r: 2.6, fill: color, "fill-opacity": 0.65 }));
     },
     // One bar per value, from zero; `ghost` values are outlined behind them.
     columns(values, color, { ghost = [], marked = -1 } = {}) {

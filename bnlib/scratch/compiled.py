@@ -118,10 +118,10 @@ def inference_backward(
     dy: Array, x: Array, mean: Array, var: Array, gamma: Array, eps: float, dx: Array
 ) -> tuple[Array, Array]:
     """Write dx = dy * a, since the statistics stand still; return dgamma and dbeta."""
-    gradients = _gradient_sums(dy, x, mean, var, eps)
+    dgamma, dbeta = _gradient_sums(dy, x, mean, var, eps)
     nothing = np.zeros(x.shape[1])
     inference(dy, nothing, var, gamma, nothing, eps, dx)
-    return gradients
+    return dgamma, dbeta
 
 
 @compiled

@@ -66,8 +66,8 @@ def moments(x: ArrayLike) -> tuple[Array, Array]:
     x = F._floats(x, "x")
     if not x.size:
         return F.moments(x)  # raises
-    order = _memory_order(x)
-    mean, var = _core(x).moments(_blocks(x, order))
+    with np.errstate(all="ignore"):
+        mean, var = _core(x).moments(_block(x, *_layout(x)))
     return mean, var
 
 
@@ -89,7 +89,7 @@ def batch_norm(
     if F._values_per_channel(x) == 1:
         F.batch_norm(x, gamma, beta)  # raises
     eps = float(F._positive(eps))
-    y = _result(out, x, x.dtype, apart=[x])
+    y = _result(out, x, x.dtype, [x])
     mean, var = _run("batch_norm", [x], (gamma, beta, eps), y) or np.zeros((2, x.shape[1]))
     return y, Cache(x, mean, var, gamma, eps)
 
@@ -100,14 +100,14 @@ def batch_norm_backward(
     """Return the gradients of the loss for x, gamma and beta, in closed form.
 
     Arguments, results and errors: as in `functional.batch_norm_backward`. out: where dx goes,
-    shaped and typed as dy; dy itself, or an array that shares no memory with dy and x.
+    shaped and typed as dy; it may share no memory with dy and x.
 
     Raises TypeError or ValueError for an out that does not fit; then nothing is written.
     Source: Ioffe and Szegedy (2015), section 3, simplified as in chapter 3.
     """
     x, mean, var, gamma, eps = cache
     dy = F._gradient(dy, x.shape)
-    dx = _result(out, x, dy.dtype, apart=[x], same=dy)
+    dx = _result(out, x, dy.dtype, [dy, x])
     gradients = _run("batch_norm_backward", [dy, x], (mean, var, gamma, eps), dx)
     dgamma, dbeta = gradients or np.zeros((2, x.shape[1]))
     return dx, dgamma, dbeta
@@ -136,7 +136,7 @@ def batch_norm_inference(
     var, eps = F._channel_vector(var, "var", x), float(F._not_negative(eps))
     gamma = F._channel_vector(gamma, "gamma", x)
     beta = F._channel_vector(beta, "beta", x)
-    y = _result(out, x, x.dtype, same=x)
+    y = _result(out, x, x.dtype, [x], in_place=True)
     _run("inference", [x], (mean, var, gamma, beta, eps), y)
     return y
 
@@ -154,7 +154,7 @@ def batch_norm_inference_backward(
     """Return the gradients of the loss for x, gamma and beta when the statistics are given.
 
     Arguments, results and errors: as in `functional.batch_norm_inference_backward`. out: where dx
-    goes, shaped and typed as dy; dy itself, or an array that shares no memory with dy and x.
+    goes, shaped and typed as dy; it may share no memory with dy and x.
 
     Raises TypeError or ValueError for an out that does not fit; then nothing is written.
     Source: the derivative of Ioffe and Szegedy (2015), Algorithm 2, line 11.
@@ -164,7 +164,7 @@ def batch_norm_inference_backward(
     mean = F._channel_vector(mean, "mean", x)
     var, eps = F._channel_vector(var, "var", x), float(F._not_negative(eps))
     gamma = F._channel_vector(gamma, "gamma", x)
-    dx = _result(out, x, dy.dtype, apart=[x], same=dy)
+    dx = _result(out, x, dy.dtype, [dy, x])
     gradients = _run("inference_backward", [dy, x], (mean, var, gamma, eps), dx)
     dgamma, dbeta = gradients or np.zeros((2, x.shape[1]))
     return dx, dgamma, dbeta
@@ -174,12 +174,12 @@ def _result(
     out: Array | None,
     x: Array,
     dtype: np.dtype[np.floating],
-    apart: Sequence[Array] = (),
-    same: Array | None = None,
+    inputs: Sequence[Array],
+    in_place: bool = False,
 ) -> Array:
     """Return out if it can take a result shaped as x, or a new array.
 
-    apart: arrays that out must share no memory with. same: one that out may be, but not overlap.
+    inputs: the arrays that out may share no memory with. in_place: out may be x itself.
     """
     if out is None:
         return np.empty_like(x, dtype)
@@ -188,9 +188,7 @@ def _result(
     if out.shape != x.shape or not out.flags.writeable:
         state = "writable" if out.flags.writeable else "read-only"
         raise ValueError(f"expected a writable out of shape {x.shape}, got {out.shape}, {state}")
-    if same is not None and not _is_same(out, same):
-        apart = [*apart, same]
-    if any(np.may_share_memory(out, a) for a in apart):
+    if any(np.may_share_memory(out, a) for a in inputs) and not (in_place and _same(out, x)):
         raise ValueError(
             "expected out to share no memory with the input, which is read again after the first "
             "values are written; give another array, or None for a new one"
@@ -205,34 +203,37 @@ def _run(step: str, arrays: list[Array], vectors: tuple[Any, ...], out: Array) -
     """
     if not out.size:
         return None
-    order = _memory_order(arrays[-1])
-    target = _blocks(out, order)
+    order, shape = _layout(arrays[-1])
+    *blocks, target = (_block(a, order, shape) for a in (*arrays, out))
     with np.errstate(all="ignore"):
-        core = _core(*arrays)
-        results = getattr(core, step)(*(_blocks(a, order) for a in arrays), *vectors, target)
+        results = getattr(_core(*arrays), step)(*blocks, *vectors, target)
     if not np.may_share_memory(target, out):  # out lies otherwise in memory
-        out.transpose(order)[...] = target.reshape(out.transpose(order).shape)
+        view = out.transpose(order)
+        view[...] = target.reshape(view.shape)
     return results
 
 
-def _memory_order(x: Array) -> tuple[int, ...]:
-    """Return the axes in an order in which x has no gaps, or the usual order if there is none.
+def _layout(x: Array) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Return an order of x's axes in which it has no gaps, and its shape (N, C, L) in that order.
 
     In each order the channels are one axis: (C, N, *spatial), (N, C, *spatial) or (N, *spatial, C).
+    If x has gaps in all of them it is the usual one.
     """
-    spatial = range(2, x.ndim)
-    for order in ((1, 0, *spatial), (0, 1, *spatial), (0, *spatial, 1)):
-        if x.transpose(order).flags.c_contiguous:
-            return order
-    return (0, 1, *spatial)
+    N, C, *spatial = x.shape
+    places = tuple(range(2, x.ndim))
+    L = math.prod(spatial)
+    if x.flags.c_contiguous and N > 1 and C > 1:
+        return (0, 1, *places), (N, C, L)
+    if x.transpose(1, 0, *places).flags.c_contiguous:
+        return (1, 0, *places), (1, C, N * L)
+    if x.transpose(0, *places, 1).flags.c_contiguous:
+        return (0, *places, 1), (N * L, C, 1)
+    return (0, 1, *places), (N, C, L)
 
 
-def _blocks(x: Array, order: tuple[int, ...]) -> Array:
-    """View x as (N, C, L), its axes taken in the given order; copy it if it has gaps then."""
-    x = np.ascontiguousarray(x.transpose(order))
-    channels = order.index(1)
-    before, after = x.shape[:channels], x.shape[channels + 1 :]
-    return x.reshape(math.prod(before), x.shape[channels], math.prod(after))
+def _block(x: Array, order: tuple[int, ...], shape: tuple[int, int, int]) -> Array:
+    """View x as (N, C, L) in an order of its axes; copy it if it has gaps in that order."""
+    return np.ascontiguousarray(x.transpose(order)).reshape(shape)
 
 
 def _core(*arrays: Array) -> ModuleType:
@@ -253,7 +254,7 @@ def _compiled() -> ModuleType | None:
     return compiled
 
 
-def _is_same(a: Array, b: Array) -> bool:
+def _same(a: Array, b: Array) -> bool:
     """Return whether two arrays of one type and shape are the same places in memory."""
     start = a.__array_interface__["data"] == b.__array_interface__["data"]
     return start and a.strides == b.strides

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from bnlib.scratch import fast
 from bnlib.scratch import functional as F
 from bnlib.scratch.functional import Array
 
@@ -205,6 +206,9 @@ class BatchNorm(Layer):
     freezes them in training, and evaluation goes on using them.
     dtype: the float type of all arrays but the counter, which is int64; x may have another.
 
+    The layer keeps x itself, not a copy: do not write to x between `forward` and `backward`. It
+    computes with `fast`.
+
     Nothing moves before an error; PyTorch has counted a batch by the time it refuses it
     (`_BatchNorm.forward` adds to the counter first). An empty batch moves the counter alone.
 
@@ -241,13 +245,13 @@ class BatchNorm(Layer):
             raise ValueError(
                 f"expected {C} channels along axis 1, got {x.shape[1]}: input of shape {x.shape}"
             )
-        gamma = np.ones(C) if self.weight is None else self.weight.copy()
+        gamma = np.ones(C) if self.weight is None else self.weight
         beta = np.zeros(C) if self.bias is None else self.bias
         if not self.training and self.running_mean is not None and self.running_var is not None:
-            mean, var = self.running_mean.copy(), self.running_var.copy()
-            y = F.batch_norm_inference(x, mean, var, gamma, beta, self.eps)
-            given: dict[str, Any] = {"mean": mean, "var": var, "gamma": gamma, "eps": self.eps}
-            self._kept = partial(F.batch_norm_inference_backward, x=x.copy(), **given)
+            vectors = {"mean": self.running_mean, "var": self.running_var, "gamma": gamma}
+            given: dict[str, Any] = {name: v.copy() for name, v in vectors.items()}
+            y = fast.batch_norm_inference(x, beta=beta, eps=self.eps, **given)
+            self._kept = partial(fast.batch_norm_inference_backward, x=x, eps=self.eps, **given)
             return y
         if x.size == C:
             why = "in training mode" if self.training else "without running statistics"
@@ -255,10 +259,10 @@ class BatchNorm(Layer):
                 f"expected more than 1 value per channel, since {why} the batch's own statistics "
                 f"are used, got input of shape {x.shape}; use a larger batch"
             )
-        y, cache = F.batch_norm(x, gamma, beta, self.eps)
+        y, cache = fast.batch_norm(x, gamma, beta, self.eps)
         if self.training and self.track_running_stats:
-            self._track(x)
-        self._kept = partial(F.batch_norm_backward, cache=cache)
+            self._track(cache.mean, cache.var, x.size // C)
+        self._kept = partial(fast.batch_norm_backward, cache=cache)
         return y
 
     def backward(self, dy: ArrayLike) -> Array:
@@ -275,14 +279,13 @@ class BatchNorm(Layer):
             if self.track_running_stats:
                 array[...] = 1 if name == "running_var" else 0
 
-    def _track(self, x: Array) -> None:
-        mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
-        if mean is not None and var is not None and counter is not None:
+    def _track(self, mean: Array, var: Array, count: int) -> None:
+        old_mean, old_var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        if old_mean is not None and old_var is not None and counter is not None:
             momentum = 1 / (int(counter) + 1) if self.momentum is None else self.momentum
-            if x.size:  # an empty batch has no statistics, and is counted all the same
-                count = x.size // self.num_features
-                mean[...], var[...] = F.update_running(mean, var, *F.moments(x), count, momentum)
-            counter += 1
+            new = F.update_running(old_mean, old_var, mean, var, count, momentum)
+            old_mean[...], old_var[...] = new
+            counter += 1  # an empty batch too, which has moved nothing else
 
 
 class Sequential(Layer):

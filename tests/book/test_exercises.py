@@ -10,6 +10,7 @@ import torch
 
 from bnlib.book import exercises
 from bnlib.book.exercises import EXERCISES
+from bnlib.scratch.layers import Linear
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
 
@@ -52,6 +53,38 @@ def backward_line(gamma, std, mean, dgamma, dbeta, m):
     return gamma / std, slope, -gamma * dbeta / (m * std) - slope * mean
 
 
+def normalize_once(model, x, go_on=True):
+    for layer in model.layers:
+        z = layer(x)
+        if isinstance(layer, Linear):
+            layer.bias -= z.mean(axis=0)
+            layer.weight /= z.std(axis=0)[:, None]
+            layer.bias /= z.std(axis=0)
+        x = layer(x) if go_on else z
+
+
+def frozen_backward(dy, x, weight, mean, invstd, axes=(0, 2, 3)):
+    mean, invstd = mean[:, None, None], invstd[:, None, None]
+    z_hat = (x - mean) * invstd
+    return dy * weight[:, None, None] * invstd, (dy * z_hat).sum(axes), dy.sum(axes)
+
+
+def whose(variances, m, running, correct=True):
+    rules = {
+        "PyTorch": (0.1, 1, m / (m - 1) if correct else 1),
+        "textbook": (0.1, 1, 1),
+        "d2l": (0.9, 1, 1),
+        "CS231n": (0.1, 0, 1),
+    }
+
+    def arrive(share, start, factor):
+        ages = np.arange(len(variances))[::-1]
+        shares = share * (1 - share) ** ages
+        return start * (1 - share) ** len(variances) + factor * (shares * variances).sum()
+
+    return min(rules, key=lambda name: abs(arrive(*rules[name]) - running))
+
+
 def from_keras_list(weights, scale, center, neutral=(1, 0)):
     weights = iter(weights)
     found = {
@@ -71,6 +104,22 @@ def as_keras_has_it(running_var, momentum, batches, n):
     return running_var - added / n
 
 
+def combine(first, second, apart=True):
+    n = first[0] + second[0]
+    if n == 0:
+        return 0, 0.0, 0.0
+    mean = (first[0] * first[1] + second[0] * second[1]) / n
+    moved = sum(k * (own - mean) ** 2 for k, own, _ in (first, second))
+    return n, mean, first[2] + second[2] + apart * moved
+
+
+def group_size(n, e, error=lambda values: values**-0.5):
+    p = 1
+    while error(p * n) > e * (1 + 1e-9):
+        p += 1
+    return p
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -87,9 +136,24 @@ RIGHT = {
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size * trips / speed,
     "06.2": lambda total, square, m: (square - total**2 / m) / square,
     "06.3": backward_line,
+    "05.1": lambda n, m: n // m * n,
+    "05.2": 400,
+    "05.3": normalize_once,
+    "07.1": frozen_backward,
+    "07.2": lambda batches_before: 1 / (1 + batches_before),
+    "07.3": lambda m: (m - 1) / m,
+    "08.1": whose,
+    "08.2": lambda running_var, k, m: 0.9**k + running_var * m / (m - 1),
+    "08.3": lambda g, z_hat: g - g.mean() - z_hat * (g @ z_hat) / len(g),
+    "09.1": lambda shape: 5 * 2 * np.prod(shape),
+    "09.2": lambda M, C, rows, channels: np.ceil(M / rows) * np.ceil(C / channels),
+    "09.3": lambda bits: 2 ** (bits + 1),
     "11.1": lambda var, eps, fixed_eps: var - (fixed_eps - eps),
     "11.2": from_keras_list,
     "11.3": as_keras_has_it,
+    "10.1": combine,
+    "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
+    "10.3": group_size,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -110,9 +174,24 @@ WRONG = {  # the mistakes that the exercises are about
     "06.1": lambda shape, size, trips, speed: np.prod(shape) * size / speed,
     "06.2": lambda total, square, m: 1 - total**2 / square,
     "06.3": lambda gamma, std, mean, *sums: backward_line(gamma, std, 0 * mean, *sums),
+    "05.1": lambda n, m: n,
+    "05.2": 20,
+    "05.3": lambda model, x: normalize_once(model, x, go_on=False),
+    "07.1": lambda dy, x, *given: (dy, *frozen_backward(dy, x, *given)[1:]),
+    "07.2": lambda batches_before: 1 / batches_before if batches_before else 1,
+    "07.3": lambda m: m / (m - 1),
+    "08.1": lambda *arguments: whose(*arguments, correct=False),
+    "08.2": lambda running_var, k, m: running_var * m / (m - 1),
+    "08.3": lambda g, z_hat: g - g.mean(),
+    "09.1": lambda shape: 5 * 4 * np.prod(shape),
+    "09.2": lambda M, C, rows, channels: np.ceil(M * C / (rows * channels)),
+    "09.3": lambda bits: 2**bits,
     "11.1": lambda var, eps, fixed_eps: var * (var + eps) / (var + fixed_eps),
     "11.2": lambda *answer: from_keras_list(*answer, neutral=(0, 0)),
     "11.3": lambda running_var, momentum, batches, n: running_var * (n - 1) / n,
+    "10.1": lambda first, second: combine(first, second, apart=False),
+    "10.2": lambda sizes: np.array(sizes) / sum(sizes),
+    "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
 }
 
 

@@ -117,10 +117,60 @@ def draw_variance(rng):
     return data, {"mean": rng.uniform(0, 7), "std": rng.uniform(-3, 2)}
 
 
+def draw_training(rng):
+    curves = rng.uniform(0, 3, (3, 2, 7, 31)).round(3).tolist()
+    starts = [{"name": f"start {i}", "with": a, "without": b} for i, (a, b) in enumerate(curves)]
+    rates = (10 ** np.arange(-2, 1.5, 0.5)).tolist()
+    params = {"rate": 10 ** rng.uniform(-2, 1), "start": int(rng.integers(3))}
+    return {"rates": rates, "starts": starts, "block": 4, "cap": 3}, params
+
+
+def draw_seven(rng):
+    layers = [
+        {
+            "name": f"layer {i}",
+            "inUse": int(rng.integers(2)),
+            "inMemory": int(rng.integers(2)),
+            "share": rng.uniform(0, 1),
+            "start": int(rng.integers(2)),
+        }
+        for i in range(3)
+    ]
+    return {"z": rng.normal(1, 2, 50).tolist(), "layers": layers, "eps": 1e-5}, {
+        "layer": int(rng.integers(3)),
+        "size": int(2 ** rng.integers(1, 8)),  # up to more than there are
+        "fed": int(rng.integers(61)),
+    }
+
+
+def draw_roofline(rng):
+    cards = [
+        {"name": name, "bandwidth": rng.uniform(300, 4000), "peak": rng.uniform(8, 70)}
+        for name in ("T4", "A100", "H100")
+    ]
+    formats = [{"name": "float32", "bytes": 4}, {"name": "bfloat16", "bytes": 2}]
+    data = {"cards": cards, "formats": formats, "trips": [3, 5], "operations": [9, 11]}
+    return data, {
+        "batch": int(rng.integers(11)),
+        "channels": int(rng.integers(3, 12)),
+        "height": int(rng.integers(1, 225)),
+        "format": int(rng.integers(2)),
+        "card": int(rng.integers(3)),
+    }
+
+
 def draw_momentum(rng):
     share = rng.choice([0, 1, rng.uniform(0, 1)], p=[0.05, 0.05, 0.9])
     params = {"convention": int(rng.integers(2)), "momentum": float(share)}
     return {}, {**params, "batches": int(rng.integers(1, 501))}
+
+
+def draw_devices(rng):
+    data = {"places": int(rng.integers(1, 900)), "speed": 10 ** rng.uniform(10, 15)}
+    data["memory"] = 10 ** rng.uniform(9, 13)
+    ranges = {"devices": (1, 11), "channels": (4, 12), "batch": (0, 10), "bandwidth": (0, 10)}
+    params = {name: int(2 ** rng.integers(*limits)) for name, limits in ranges.items()}
+    return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
 DRAW = {
@@ -129,7 +179,11 @@ DRAW = {
     "backward": draw_backward,
     "running": draw_running,
     "variance": draw_variance,
+    "training": draw_training,
+    "seven": draw_seven,
+    "roofline": draw_roofline,
     "momentum": draw_momentum,
+    "devices": draw_devices,
 }
 
 

@@ -50,8 +50,31 @@ STEPS = {
     ],
     "variance": [
         ("slider", "mean", "Home ArrowRight", {"mean": 0.25}),
-        ("slider", "standard deviation", "Home ArrowRight ArrowRight", {"std": -2.5}),
+        ("slider", "standard deviation", "End ArrowLeft", {"std": 1.75}),
         ("slider", "mean", "End", {"mean": 7.0}),
+    ],
+    "training": [
+        ("slider", "learning rate", "End ArrowLeft ArrowLeft", {"rate": 1.0}),
+        ("combobox", "initial weights", 0, {"start": 0}),
+        ("slider", "learning rate", "Home ArrowRight", {"rate": 10**-1.5}),
+        ("combobox", "initial weights", 3, {"start": 3}),
+    ],
+    "seven": [
+        ("combobox", "layer", 5, {"layer": 5}),
+        ("slider", "batches fed", "Home ArrowRight", {"fed": 1}),
+        ("slider", "batch size m", "End", {"size": 128}),
+        ("button", "Feed a batch", "Enter Space", {"fed": 3}),
+        ("combobox", "layer", 1, {"layer": 1}),
+        ("slider", "batch size m", "Home ArrowRight", {"size": 4}),
+    ],
+    "roofline": [
+        ("slider", "batch size N", "Home ArrowRight", {"batch": 1}),
+        ("slider", "channels C", "End", {"channels": 11}),
+        ("slider", "height = width", "Home", {"height": 1}),
+        ("combobox", "number format", 1, {"format": 1}),
+        ("combobox", "card", 2, {"card": 2}),
+        ("slider", "batch size N", "End ArrowLeft", {"batch": 9}),
+        ("slider", "height = width", "End", {"height": 224}),
     ],
     "momentum": [
         ("slider", "momentum", "ArrowRight ArrowRight", {"momentum": 0.102}),
@@ -61,6 +84,14 @@ STEPS = {
         ("slider", "batches k", "End", {"batches": 500}),
         ("combobox", "momentum as in", 0, {"convention": 0}),
         ("slider", "momentum", "Home", {"momentum": 0.0}),
+    ],
+    "devices": [
+        ("slider", "devices", "End", {"devices": 1024}),
+        ("slider", "channels", "Home ArrowRight", {"channels": 32}),
+        ("slider", "batch per device", "End", {"batch": 512}),
+        ("slider", "bandwidth", "Home", {"bandwidth": 1}),
+        ("slider", "latency", "Home", {"latency": 0.5}),
+        ("slider", "devices", "Home", {"devices": 2}),
     ],
 }
 
@@ -95,10 +126,32 @@ def said_by_variance(result, params):
     return list(result["digits"])
 
 
+def said_by_training(result, params):
+    last = result["last"]
+    return [params["rate"], 5 * result["block"], last["with"], last["without"]]
+
+
+def said_by_seven(result, params):
+    keys = ("training", "evaluation", "place")
+    return [result[rule][key] for rule in ("ours", "theirs") for key in keys]
+
+
+def said_by_roofline(result, params):
+    return [*result["megabytes"], *result["times"], result["intensity"], 100 * result["share"]]
+
+
 def said_by_momentum(result, params):
     share = result["share"]
     conventions = [share, 1 - share]
     return [*conventions, 100 * share, params["batches"], 100 * result["left"], 100 * (1 - share)]
+
+
+def said_by_devices(result, params):
+    layer, send = result["convolution"] + result["norm"], result["send"]
+    numbers = [params["devices"], layer]
+    for way in ("ring", "doubling"):
+        numbers += [send + result[way], result["share"][way]]
+    return numbers
 
 
 SAID = {
@@ -107,7 +160,11 @@ SAID = {
     "backward": said_by_backward,
     "running": said_by_running,
     "variance": said_by_variance,
+    "training": said_by_training,
+    "seven": said_by_seven,
+    "roofline": said_by_roofline,
     "momentum": said_by_momentum,
+    "devices": said_by_devices,
 }
 
 

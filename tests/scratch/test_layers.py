@@ -406,13 +406,25 @@ def test_the_callers_arrays_are_not_written_to_nor_kept(name):
     dy.flags.writeable = False
     dx, grads = layer.backward(dy), layer.grads
     x.flags.writeable = dy.flags.writeable = True
-    x += 100
+    if not name.startswith("BatchNorm"):  # it keeps x itself, and says so
+        x += 100
     y += 100  # the layer's output is the caller's too
     np.testing.assert_array_equal(layer.backward(dy), dx)
     for parameter, grad in grads.items():
         np.testing.assert_array_equal(layer.grads[parameter], grad)
     for array in layer.parameters().values():
         assert not any(np.shares_memory(array, a) for a in (x, y, dy, dx))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_norm_keeps_its_input_and_not_a_copy(training):
+    layer, (x, dy) = BatchNorm(3).train(training), make((4, 3))
+    layer(x)
+    layer.backward(dy)
+    before = layer.grads["weight"]
+    x[0] += 1
+    layer.backward(dy)
+    assert (layer.grads["weight"] != before).all()
 
 
 def test_a_changed_weight_or_statistic_does_not_reach_the_backward_of_an_earlier_forward():
