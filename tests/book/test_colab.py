@@ -16,7 +16,10 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 OURS = re.compile("bnlib|batchnorm_book|_editable_impl_batchnorm_book")
-COLAB = "import sys, types; sys.modules['google.colab'] = types.ModuleType('google.colab')"
+COLAB = (  # JAX asks Colab's package for `output` when it is imported there
+    "import sys, types; colab = sys.modules['google.colab'] = types.ModuleType('google.colab'); "
+    "colab.output = types.ModuleType('google.colab.output')"
+)
 
 
 @pytest.fixture(scope="session")
