@@ -357,7 +357,6 @@ def _in_one_expression(
 def _with_given_statistics(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
-    mean, var = mean.detach(), var.detach()
     if _is_left_to_autograd():
         return normalize(x, mean, _inverse_std(var, eps), weight, bias)
     y: Tensor = _GivenStatistics.apply(x, weight, bias, mean, var, eps)  # type: ignore[no-untyped-call]

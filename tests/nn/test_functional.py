@@ -177,6 +177,18 @@ class TestPaths:
                 torch.testing.assert_close(a, b, rtol=4 * tolerance, atol=8 * tolerance * scale)
 
     @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("order", ["channels last", "transposed", "sliced", "expanded"])
+    def test_the_plain_path_lays_out_memory_as_pytorch_does(self, order, training):
+        x, dy, strides = *(laid_out(make((2, 3, 4, 5), seed=i), order) for i in range(2)), []
+        with plain_operations():
+            for function in (F.batch_norm, THEIRS.batch_norm):
+                leaf = x.detach().requires_grad_()
+                y = function(leaf, *torch.ones(2, 3).double(), training=training)
+                (dx,) = torch.autograd.grad(y, leaf, dy)
+                strides.append((y.stride(), dx.stride()))
+        assert strides[0] == strides[1]
+
+    @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("shape", shapes)
     def test_the_fast_core_runs_where_it_should(self, shape, training, monkeypatch):
         def refuse(*_):

@@ -333,7 +333,13 @@ def forward_mode(case):
         with forward_ad.dual_level():
             x = forward_ad.make_dual(case.x(), case.x(seed=8))
             dual = forward_ad.unpack_dual(layer(x)).tangent
-        results.append({"func": tangent, "dual": dual, **state_of(layer)})
+        x = case.x().requires_grad_()
+        y = layer(x)
+        with forward_ad.dual_level():
+            dy = forward_ad.make_dual(case.x(seed=2), case.x(seed=4))
+            (dx,) = torch.autograd.grad(y, x, dy)
+            of_dx = forward_ad.unpack_dual(dx).tangent
+        results.append({"func": tangent, "dual": dual, "of_dx": of_dx, **state_of(layer)})
     assert_same(results[0], results[2])
     assert_same(results[1], results[3])
 
