@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel  # noqa: F401  # for the functions that come
 
-from bnlib import nn as bnn  # noqa: F401
 from bnlib.nn.distributed import SyncBatchNorm  # noqa: F401
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
