@@ -280,7 +280,11 @@ def _momentum_of(momentum_of: Any) -> bool:
     return all(close(momentum_of(n), 1 / (n + 1)) for n in (0, 1, 9))
 
 
-@exercise("07.3", "compare the sum of squares divided by m with the same sum divided by m - 1.")
+@exercise(
+    "07.3",
+    "one of the two stored variances makes evaluation repeat training; what does PyTorch do before "
+    "it stores its own?",
+)
 def _factor(factor: Any) -> bool:
     return all(close(factor(m), 1 - 1 / m) for m in (2, 8, 32))
 
@@ -412,9 +416,8 @@ def _as_keras_has_it(as_keras_has_it: Any) -> bool:
 
 @exercise(
     "10.1",
-    "go from the first mean toward the second by the second's part of the count; both means are "
-    "then away from the new one, each by a part of the distance between them. Nothing and nothing "
-    "is nothing, not 0 / 0.",
+    "the new mean lies between the two: how near to which? Then each piece's squares grow as in "
+    "the chapter's formula. Nothing and nothing is nothing, not 0 / 0.",
 )
 def _combine(combine: Any) -> bool:
     values = sample((24, 1), seed=10)[:, 0]
@@ -431,8 +434,8 @@ def _combine(combine: Any) -> bool:
 
 @exercise(
     "10.2",
-    "write the mean over the whole batch as a sum over the processes of weight times own mean, and "
-    "undo the division by the number of processes.",
+    "which weight should the mean of each share have in the mean of the whole batch, and which "
+    "does the plain average give it?",
 )
 def _fair_shares(factors: Any) -> bool:
     return all(

@@ -19,7 +19,8 @@ from bnlib.scratch import fast
 
 Array = NDArray[np.floating[Any]]
 
-TYPES = (torch.float32, torch.float64)
+NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
+LARGE = 2**22  # bytes: where NumPy begins to ask for huge pages
 PLAIN = (Tensor, Parameter)  # and no subclass: it may hold its values elsewhere
 
 
@@ -29,7 +30,7 @@ def available(x: Tensor, *others: Tensor | None, eps: float) -> bool:
     True for float32 and float64 in a CPU's memory, at least one value, and eps above 0; False
     while a dispatch mode is on, such as FakeTensorMode: it would not see what NumPy does.
     """
-    if x.dtype not in TYPES or not 0 < eps < math.inf or torch._C._len_torch_dispatch_stack():
+    if x.dtype not in NUMPY_TYPES or not 0 < eps < math.inf or torch._C._len_torch_dispatch_stack():
         return False
     for tensor in (x, *others):
         if tensor is None:
@@ -38,6 +39,22 @@ def available(x: Tensor, *others: Tensor | None, eps: float) -> bool:
         if not (own_memory and tensor.is_cpu and tensor.numel() and not tensor.is_neg()):
             return False
     return True
+
+
+def empty_like(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """Return a tensor shaped and typed as x, with any values in it.
+
+    A large one takes memory from NumPy, which asks the system for huge pages: clearing the small
+    ones that PyTorch gets would take longer than the arithmetic. memory_format: as in torch.empty.
+    """
+    if x.nbytes < LARGE:
+        return torch.empty_like(x, memory_format=memory_format, requires_grad=False)
+    N, C, *spatial = x.shape
+    if memory_format is torch.contiguous_format:
+        array = np.empty((N, C, *spatial), NUMPY_TYPES[x.dtype])
+    else:
+        array = np.moveaxis(np.empty((N, *spatial, C), NUMPY_TYPES[x.dtype]), -1, 1)
+    return torch.from_numpy(array)
 
 
 def batch_norm(

@@ -396,7 +396,9 @@ class _BatchStatistics(torch.autograd.Function):
         """Take the forward steps, and move the running statistics."""
         count = _count(x)
         if count > 1 and cpu.available(x, weight, bias, eps=eps):
-            y, mean, var = cpu.batch_norm(x, weight, bias, eps, _empty_for(x))
+            y, mean, var = cpu.batch_norm(
+                x, weight, bias, eps, cpu.empty_like(x, _memory_format(x))
+            )
         else:
             core = _core(x)
             mean, var = core.moments(x)
@@ -413,7 +415,7 @@ class _BatchStatistics(torch.autograd.Function):
         again = _is_derived_again()
         if not again and ctx.count > 1 and cpu.available(dy, x, eps=ctx.eps):
             given = mean, var, weight, ctx.eps
-            dx, *sums = cpu.batch_norm_backward(dy, x, *given, _empty_for(x))
+            dx, *sums = cpu.batch_norm_backward(dy, x, *given, cpu.empty_like(x, _memory_format(x)))
         else:
             core = PLAIN if again else _core(x, dy)
             mean, var = moments(x) if again else (mean, var)
@@ -438,7 +440,7 @@ class _GivenStatistics(torch.autograd.Function):
     ) -> Tensor:
         """Normalize; the statistics stay where they are."""
         if cpu.available(x, weight, bias, mean, var, eps=eps):
-            y = cpu.inference(x, mean, var, weight, bias, eps, _empty_for(x))
+            y = cpu.inference(x, mean, var, weight, bias, eps, cpu.empty_like(x, _memory_format(x)))
         else:
             y = _core(x).normalize(x, mean, _inverse_std(var, eps), weight, bias)
         ctx.save_for_backward(x, weight, mean, var)
@@ -452,7 +454,7 @@ class _GivenStatistics(torch.autograd.Function):
         again = _is_derived_again()
         if not again and cpu.available(dy, x, mean, eps=ctx.eps):
             given = mean, var, weight, ctx.eps
-            dx, *sums = cpu.inference_backward(dy, x, *given, _empty_for(x))
+            dx, *sums = cpu.inference_backward(dy, x, *given, cpu.empty_like(x, _memory_format(x)))
         else:
             invstd = _inverse_std(var, ctx.eps)
             sums = (PLAIN if again else _core(x, dy)).reduce(dy, x, mean, invstd)
@@ -562,10 +564,6 @@ def _kernels() -> Any:
         return import_module("bnlib.nn.kernels")
     except ImportError:
         return None
-
-
-def _empty_for(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=_memory_format(x), requires_grad=False)
 
 
 def _inverse_std(var: Tensor, eps: float) -> Tensor:

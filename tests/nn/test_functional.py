@@ -368,3 +368,30 @@ class TestErrors:
             with guard():
                 outcomes.append(self.outcome(function, x, mean, var, None, None, training))
         assert outcomes[0] is outcomes[1]
+
+
+class TestLargeResults:
+    """On a CPU a large result takes its memory from NumPy; nobody should notice."""
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_equal_pytorchs_and_lie_in_memory_as_they_do(self, training, memory_format):
+        x = make((8, 16, 96, 96), 3, 2, torch.float32).contiguous(memory_format=memory_format)
+        dy = make(x.shape, dtype=torch.float32, seed=1)
+        assert x.nbytes >= cpu.LARGE
+        options = {"weight": vector(16), "bias": vector(16, 1)}
+        ours, theirs = (norm(f.batch_norm, x, dy, training, **options) for f in (F, THEIRS))
+        for a, b in zip(ours, theirs, strict=True):
+            # PyTorch's float32 sums of 70,000 values are off by some thousandths.
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-4 if a.dim() == 4 else 2e-2)
+        y = F.batch_norm(x, torch.zeros(16), torch.ones(16), training=training)
+        assert y.is_contiguous(memory_format=memory_format)
+
+    def test_can_be_changed_in_place_behind_the_layer(self):
+        x = make((8, 16, 96, 96), dtype=torch.float32).requires_grad_()
+        for function in (F, THEIRS):
+            y = torch.relu_(function.batch_norm(x, None, None, training=True))
+            (grad,) = torch.autograd.grad(y.square().sum(), x)
+            if function is F:
+                ours = grad
+        torch.testing.assert_close(ours, grad, rtol=1e-4, atol=1e-4)
