@@ -97,12 +97,13 @@ _build/.pages: _build/.book $(TESTS)
 repository: $(INSTALLED)
 	@$(BIN)/python tools/repository.py "$(URL)"
 
-# Pin the newest versions that requirements.in allows; on Linux, since Triton exists there alone.
+# Pin the newest versions that requirements.in allows; on Linux, since Triton exists there alone
+# (and uvloop everywhere but on Windows).
 # What the CUDA build of PyTorch brings for itself is left out.
 pins:
 	@rm -rf _build/pins && $(PYTHON) -m venv _build/pins && _build/pins/bin/pip install --quiet -r requirements.in
 	@{ echo "# Made by 'make pins' from requirements.in: the build of the book is reproducible."; \
-	  _build/pins/bin/pip freeze | sed 's/+cpu$$//; s/^triton==.*/& ; sys_platform == "linux"/' \
+	  _build/pins/bin/pip freeze | sed 's/+cpu$$//; s/^triton==.*/& ; sys_platform == "linux"/; s/^uvloop==.*/& ; sys_platform != "win32"/' \
 	    | grep -v -E '^(nvidia|cuda)'; } > requirements.new && mv requirements.new requirements.txt
 
 clean:
