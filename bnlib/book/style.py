@@ -17,6 +17,8 @@ COLORS = {  # the thing: (light theme, dark theme)
     "gradient": ("#806000", "#dfbf52"),
     "train": ("#4b4ba6", "#a3a3f5"),
     "eval": ("#b3204d", "#ff8fa8"),
+    "real": ("#006d77", "#5fc9d3"),
+    "fake": ("#a8470a", "#f0a26b"),
     "ink": ("#333333", "#d5d8dc"),
     "muted": ("#767676", "#9aa0a6"),
 }
