@@ -238,10 +238,10 @@ def orders(data, together, distance, momentum):
     stream = z.reshape(-1, mixed, z.shape[1]).transpose(0, 2, 1).ravel()
     batches = stream.reshape(-1, size)
     means, variances = batches.mean(axis=1), batches.var(axis=1, ddof=1)
-    steps = [(0.0, 1.0)]
+    steps = [(stream.mean(), stream.var(ddof=1))]
     for batch in zip(means, variances, strict=True):
         steps.append(tuple((1 - momentum) * np.array(steps[-1]) + momentum * np.array(batch)))
-    ends = [0, middle, *(middle + 3 * (centres - middle))]
+    ends = middle + 3 * (centres - middle)
     wide = np.var(data["classes"], axis=1, ddof=1).mean() + 9 * centres.var()
     return {
         "means": means,
@@ -251,7 +251,7 @@ def orders(data, together, distance, momentum):
         "size": size,
         "mixed": mixed,
         "limits": [min(ends), max(ends)],
-        "top": max(1, wide),
+        "top": wide,
     }
 
 

@@ -618,12 +618,12 @@ def talk(devices: ArrayLike, curves: ArrayLike, at: int, bars: ArrayLike) -> Fig
 def orders(classes: ArrayLike, share: float = 0.1) -> Figure:
     """Show a node's values, shape (classes, n), in batches of ten of one class: mean, variance.
 
-    The running statistics take this share of each batch. Dashed: the mean of all values.
+    The running statistics start at those of all values, and take this share of each batch.
     """
     values = np.asarray(classes)
     batches = values.reshape(-1, 10)
     means, variances = batches.mean(axis=1), batches.var(axis=1, ddof=1)
-    running = [np.array([0.0, 1.0])]
+    running = [np.array([values.mean(), values.var(ddof=1)])]
     for batch in zip(means, variances, strict=True):
         running.append((1 - share) * running[-1] + share * np.array(batch))
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6))

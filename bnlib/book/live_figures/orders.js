@@ -24,17 +24,18 @@ figures.orders = {
     }
     const unbiased = (z) => ({ mean: mean(z), var: (moments(z).var * z.length) / (z.length - 1) });
     const batches = Array.from({ length: stream.length / size }, (_, b) => unbiased(stream.slice(b * size, (b + 1) * size)));
-    const running = { mean: [0], var: [1] };
+    const pooled = unbiased(stream);
+    const running = { mean: [pooled.mean], var: [pooled.var] }; // as after a good training
     batches.forEach((batch, b) => {
       for (const key of ["mean", "var"]) running[key].push((1 - momentum) * running[key][b] + momentum * batch[key]);
     });
     // The axes stay as they are while the classes move.
-    const ends = classes.flatMap((_, c) => [apart(c, 0), apart(c, 3)]);
+    const ends = classes.map((_, c) => apart(c, 3));
     const within = mean(classes.map((z) => unbiased(z).var));
     const wide = within + moments(centres).var * 9;
-    return { means: batches.map((b) => b.mean), running, pooled: unbiased(stream),
+    return { means: batches.map((b) => b.mean), running, pooled,
       averaged: mean(batches.map((b) => b.var)), size, mixed: k,
-      limits: [Math.min(0, ...ends), Math.max(0, ...ends)], top: Math.max(1, wide) };
+      limits: [Math.min(...ends), Math.max(...ends)], top: wide };
   },
 
   draw({ means, running, pooled, averaged, limits: [lo, hi], top }) {
