@@ -94,11 +94,11 @@ STEPS = {
         ("slider", "devices", "Home", {"devices": 2}),
     ],
     "orders": [
-        ("slider", "distance between the classes", "End ArrowLeft", {"distance": 2.9}),
+        ("slider", "distance of the classes", "End ArrowLeft", {"distance": 2.9}),
         ("slider", "classes in a batch", "ArrowRight", {"together": 1}),
         ("slider", "momentum", "End", {"momentum": 1.0}),
         ("slider", "classes in a batch", "End", {"together": 3}),
-        ("slider", "distance between the classes", "Home", {"distance": 0.0}),
+        ("slider", "distance of the classes", "Home", {"distance": 0.0}),
         ("slider", "momentum", "Home ArrowRight", {"momentum": 0.02}),
     ],
 }

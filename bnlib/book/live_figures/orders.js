@@ -5,8 +5,8 @@ figures.orders = {
   controls: [
     { name: "together", label: "classes in a batch", kind: "range", min: 0, max: 3, step: 1,
       show: (k) => String(figures.orders.mixes[k]) },
-    { name: "distance", label: "distance between the classes", kind: "range", min: 0, max: 3, step: 0.1,
-      show: (v) => `times ${fixed(v, 1)}` },
+    { name: "distance", label: "distance of the classes", kind: "range", min: 0, max: 3, step: 0.1,
+      show: (v) => fixed(v, 1) },
     { name: "momentum", label: "momentum", kind: "range", min: 0.01, max: 1, step: 0.01 },
   ],
 
