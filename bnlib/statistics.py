@@ -89,7 +89,7 @@ def recalibrate(
     """Replace the running statistics by those of the given data, in one pass; return the model.
 
     model: any module with batch norms; its parameters stay as they are.
-    batches: what a loader yields. Batches of the size used in training fit best.
+    batches: what a loader yields. Take large, shuffled ones: see below.
     forward: runs the model on one batch; `call` takes tensors, (inputs, labels), and dicts.
     estimator: "population" pools all values of a channel, whatever batch they came in: the mean and
         the unbiased variance over the data. "mean_of_batches" averages the means and the unbiased
@@ -101,8 +101,10 @@ def recalibrate(
     in training; the other modules are in evaluation mode, so that dropout does not distort the
     variances. The statistics of a layer are therefore exact for the inputs that it has while the
     layers before it use their batches. To measure each layer only after the statistics of those
-    before it are settled would take one pass for each, and data that can be read again; for batches
-    of the size used in training the two hardly differ.
+    before it are settled would take one pass for each, and data that can be read again. With large,
+    shuffled batches the two hardly differ. In small ones no normalized value is far from 0, at most
+    sqrt(n - 1) in a batch of n, and behind an activation the pooled variances of the later layers
+    come out smaller, the averaged ones larger. Batches of one class lose what sets it apart.
 
     A batch norm that no batch reached keeps its statistics. num_batches_tracked becomes the number
     of batches that the layer saw. Modes, momenta, and the states of torch's, NumPy's and Python's

@@ -230,6 +230,31 @@ def devices(data, devices, channels, batch, bandwidth, latency):
     }
 
 
+def orders(data, together, distance, momentum):
+    z, size, mixed = np.array(data["classes"]), 10, [1, 2, 5, 10][together]
+    centres = z.mean(axis=1)
+    middle = centres.mean()
+    z = z - (centres - middle)[:, None] * (1 - distance)
+    stream = z.reshape(-1, mixed, z.shape[1]).transpose(0, 2, 1).ravel()
+    batches = stream.reshape(-1, size)
+    means, variances = batches.mean(axis=1), batches.var(axis=1, ddof=1)
+    steps = [(stream.mean(), stream.var(ddof=1))]
+    for batch in zip(means, variances, strict=True):
+        steps.append(tuple((1 - momentum) * np.array(steps[-1]) + momentum * np.array(batch)))
+    ends = middle + 3 * (centres - middle)
+    wide = np.var(data["classes"], axis=1, ddof=1).mean() + 9 * centres.var()
+    return {
+        "means": means,
+        "running": {"mean": [s[0] for s in steps], "var": [s[1] for s in steps]},
+        "pooled": {"mean": stream.mean(), "var": stream.var(ddof=1)},
+        "averaged": variances.mean(),
+        "size": size,
+        "mixed": mixed,
+        "limits": [min(ends), max(ends)],
+        "top": wide,
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -244,4 +269,5 @@ def in_numpy():
         "roofline": roofline,
         "momentum": momentum,
         "devices": devices,
+        "orders": orders,
     }

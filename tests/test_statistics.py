@@ -85,6 +85,22 @@ class TestRecalibrate:
         torch.testing.assert_close(model[5].running_mean, second.mean(0))
         torch.testing.assert_close(model[5].running_var, second.var(0))
 
+    def test_large_batches_come_close_to_settled_statistics_and_small_ones_do_not(self):
+        torch.manual_seed(3)
+        norm, last = nn.BatchNorm1d(8), nn.BatchNorm1d(6)
+        model = nn.Sequential(norm, nn.ReLU(), nn.Linear(8, 6), last).double()
+        x = torch.randn(4000, 8, dtype=torch.float64)
+        ratios = {}
+        for n in (500, 2):
+            for estimator in ESTIMATORS:
+                recalibrate(model, x.split(n), estimator=estimator)
+                settled = model.eval()[:3](x).var(0)
+                ratios[n, estimator] = (last.running_var / settled).mean().item()
+        assert ratios[500, "population"] == pytest.approx(1, abs=0.02)
+        assert ratios[500, "mean_of_batches"] == pytest.approx(1, abs=0.02)
+        assert ratios[2, "population"] < 0.85  # five seeds: 0.69 to 0.77
+        assert ratios[2, "mean_of_batches"] > 1.2  # five seeds: 1.37 to 1.54
+
     def test_mean_of_batches_is_what_update_bn_computes(self):
         model, data = network().double(), [b.double() for b in batches()]
         theirs = copy.deepcopy(model)

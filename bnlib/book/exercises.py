@@ -452,3 +452,48 @@ def _fair_shares(factors: Any) -> bool:
 def _group_size(group_size: Any) -> bool:
     expected = {(8, 0.125): 8, (32, 0.2): 1, (2, 0.1): 50, (4, 0.3): 3, (2, 0.05): 200}
     return all(close(group_size(*case), p) for case, p in expected.items())
+
+
+@exercise(
+    "15.1",
+    "zeros add nothing to a sum, nor to a sum of squares; what do they do to the number that it is "
+    "divided by?",
+)
+def _without_padding(without_padding: Any) -> bool:
+    values = sample((6, 1), seed=15)[:, 0]
+    for zeros in (6, 2, 0):
+        padded = np.concatenate([values, np.zeros(zeros)])
+        answer = without_padding(padded.mean(), padded.var(), zeros / len(padded))
+        if not close(answer, (values.mean(), values.var())):
+            return False
+    return True
+
+
+@exercise(
+    "15.2",
+    "write down the new z of a node, and find the old one in it; what is left over is the same for "
+    "every image.",
+)
+def _moved_statistics(moved_statistics: Any) -> bool:
+    x, weight, bias = sample((50, 6)), sample((4, 6), seed=1), sample((4, 1), seed=2)[:, 0]
+    z = x @ weight.T + bias
+    for a, b in ((0.5, 0.5), (0, 0.3), (-2, 4)):
+        new = (a + b * x) @ weight.T + bias
+        given = (z.mean(axis=0), z.var(axis=0), weight, bias, a, b)
+        if not close(moved_statistics(*given), (new.mean(axis=0), new.var(axis=0))):
+            return False
+    return True
+
+
+@exercise(
+    "15.3",
+    "the mean stays; which share of the values is left, and how much larger is the square of each?",
+)
+def _variance_in_evaluation(variance_in_evaluation: Any) -> bool:
+    values = sample((200, 1), seed=3)[:, 0]
+    for moved, p in ((values, 0.5), (values - values.mean(), 0.2), (values + 3, 0.8)):
+        mean, var = moved.mean(), moved.var()
+        seen = (moved**2).mean() / (1 - p) - mean**2
+        if not close(variance_in_evaluation(mean, var, p), var / seen):
+            return False
+    return True

@@ -613,3 +613,27 @@ def talk(devices: ArrayLike, curves: ArrayLike, at: int, bars: ArrayLike) -> Fig
     right.set_xticks(range(5), names, fontsize=7)
     plt.close(figure)
     return figure
+
+
+def orders(classes: ArrayLike, share: float = 0.1) -> Figure:
+    """Show a node's values, shape (classes, n), in batches of ten of one class: mean, variance.
+
+    The running statistics start at those of all values, and take this share of each batch.
+    """
+    values = np.asarray(classes)
+    batches = values.reshape(-1, 10)
+    means, variances = batches.mean(axis=1), batches.var(axis=1, ddof=1)
+    running = [np.array([values.mean(), values.var(ddof=1)])]
+    for batch in zip(means, variances, strict=True):
+        running.append((1 - share) * running[-1] + share * np.array(batch))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6))
+    left.axhline(values.mean(), color=color("muted"), linestyle="--", linewidth=1.2)
+    left.plot(np.arange(1, len(means) + 1), means, "o", color=color("train"), alpha=0.6,
+              markersize=3.5, markeredgewidth=0)  # fmt: skip
+    left.plot([mean for mean, _ in running], color=color("eval"))
+    left.set(title="mean", xlabel="batch")
+    bars = [values.var(ddof=1), variances.mean(), running[-1][1]]
+    right.bar(["pooled", "averaged", "running"], bars, width=0.6, color=color("eval"), alpha=0.6)
+    right.set(title="variance")
+    plt.close(figure)
+    return figure

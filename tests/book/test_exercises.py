@@ -120,6 +120,20 @@ def group_size(n, e, error=lambda values: values**-0.5):
     return p
 
 
+def without_padding(mean, var, p):
+    square = var + mean**2
+    return mean / (1 - p), (square - mean**2 / (1 - p)) / (1 - p)
+
+
+def moved_statistics(mean, var, weight, bias, a, b):
+    return b * (mean - bias) + bias + weight @ np.full(weight.shape[1], a), (b * np.sqrt(var)) ** 2
+
+
+def variance_in_evaluation(mean, var, p):
+    kept = 1 - p
+    return var / (kept * (var + mean**2) / kept**2 - mean**2)
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -154,6 +168,9 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
+    "15.1": without_padding,
+    "15.2": moved_statistics,
+    "15.3": variance_in_evaluation,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -192,6 +209,9 @@ WRONG = {  # the mistakes that the exercises are about
     "10.1": lambda first, second: combine(first, second, apart=False),
     "10.2": lambda sizes: np.array(sizes) / sum(sizes),
     "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
+    "15.1": lambda mean, var, p: (mean / (1 - p), var / (1 - p)),
+    "15.2": lambda *given: moved_statistics(*given[:3], 0 * given[3], *given[4:]),
+    "15.3": lambda mean, var, p: 1 - p,
 }
 
 

@@ -173,6 +173,15 @@ def draw_devices(rng):
     return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
+def draw_orders(rng):
+    z = rng.normal(size=(10, 40)) * rng.uniform(0.1, 2) + rng.normal(size=(10, 1))
+    return {"classes": z.tolist()}, {
+        "together": int(rng.integers(4)),
+        "distance": rng.uniform(0, 3),
+        "momentum": rng.uniform(0.01, 1),
+    }
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -184,6 +193,7 @@ DRAW = {
     "roofline": draw_roofline,
     "momentum": draw_momentum,
     "devices": draw_devices,
+    "orders": draw_orders,
 }
 
 

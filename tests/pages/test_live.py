@@ -93,6 +93,14 @@ STEPS = {
         ("slider", "latency", "Home", {"latency": 0.5}),
         ("slider", "devices", "Home", {"devices": 2}),
     ],
+    "orders": [
+        ("slider", "distance of the classes", "End ArrowLeft", {"distance": 2.9}),
+        ("slider", "classes in a batch", "ArrowRight", {"together": 1}),
+        ("slider", "momentum", "End", {"momentum": 1.0}),
+        ("slider", "classes in a batch", "End", {"together": 3}),
+        ("slider", "distance of the classes", "Home", {"distance": 0.0}),
+        ("slider", "momentum", "Home ArrowRight", {"momentum": 0.02}),
+    ],
 }
 
 
@@ -154,6 +162,13 @@ def said_by_devices(result, params):
     return numbers
 
 
+def said_by_orders(result, params):
+    last = [result["running"][key][-1] for key in ("mean", "var")]
+    pooled = [result["pooled"][key] for key in ("mean", "var")]
+    sizes = [result["size"], result["mixed"]]
+    return [*sizes, *pooled, result["averaged"], len(result["means"]), *last]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -165,6 +180,7 @@ SAID = {
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
     "devices": said_by_devices,
+    "orders": said_by_orders,
 }
 
 
