@@ -176,6 +176,16 @@ def draw_devices(rng):
     return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
+def draw_gan(rng):
+    steps = [3 * k * k for k in range(21)]
+    numbers = {"distances": rng.uniform(1, 2000, 21).tolist(), "real": rng.uniform(1, 5)}
+    losses = rng.uniform(0.2, 4, (21, 2)).tolist()
+    sheet = {"frames": 21, "width": 178, "height": 118}
+    return {"sheet": sheet, "steps": steps, "losses": losses, **numbers}, {
+        "step": steps[rng.integers(21)]
+    }
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -187,6 +197,7 @@ DRAW = {
     "roofline": draw_roofline,
     "momentum": draw_momentum,
     "devices": draw_devices,
+    "gan": draw_gan,
 }
 
 
