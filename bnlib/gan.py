@@ -153,10 +153,12 @@ def train(
     for step in progress(range(steps), "step"):
         rows = torch.randperm(n, generator=rng)[:batch_size].to(device)
         given = () if labels is None else (labels[rows],)
-        z = torch.randn(batch_size, generator.latent, generator=rng).to(device)
-        fakes = generator(z, *given)
+        z = torch.randn(batch_size, generator.latent, generator=rng)
+        fakes = generator(z.to(device), *given)
 
-        loss_c = critic_loss(critic(images[rows], *given), critic(fakes.detach(), *given))
+        on_real = critic(images[rows], *given)
+        on_fakes = critic(fakes.detach(), *given)
+        loss_c = critic_loss(on_real, on_fakes)
         adam_c.zero_grad()
         loss_c.backward()  # type: ignore[no-untyped-call]
         adam_c.step()

@@ -644,7 +644,7 @@ def digit_grid(
     """
     sheet = tiles(images, columns)
     height, width = sheet.shape
-    left = 0.09 * max((len(name) for name in rows), default=0)  # inches for the names
+    left = 0.1 + 0.075 * max((len(name) for name in rows), default=-1)  # inches for the names
     tall = (WIDTH - left) * height / width + (0.25 if tops else 0.05)
     figure, ax = plt.subplots(figsize=(WIDTH, tall))
     ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")

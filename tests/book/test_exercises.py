@@ -159,7 +159,7 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
-    "17.1": [3136, 12544, 3136],
+    "17.1": [1568, 6272, 1568],
     "17.2": independent,
     "17.3": np.log,
 }

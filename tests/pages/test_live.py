@@ -95,8 +95,8 @@ STEPS = {
     ],
     "gan": [
         ("slider", "step", "Home", {"step": 0}),
-        ("slider", "step", "ArrowRight ArrowRight", {"step": 8}),
-        ("slider", "step", "End ArrowLeft", {"step": 722}),
+        ("slider", "step", "ArrowRight ArrowRight", {"step": 16}),
+        ("slider", "step", "End ArrowLeft", {"step": 1444}),
     ],
 }
 

@@ -1,9 +1,9 @@
 // Chapter 17: the same latent points over the course of training, and the score of each moment.
 figures.gan = {
   label: "The course of training",
-  controls: [ // frame k shows the generator after 2k² steps
+  controls: [ // frame k shows the generator after 4k² steps
     { name: "step", label: "step", kind: "range", min: 0, max: 20, step: 1,
-      from: (k) => 2 * k * k, to: (step) => Math.sqrt(step / 2), show: String },
+      from: (k) => 4 * k * k, to: (step) => Math.sqrt(step / 4), show: String },
   ],
 
   compute({ sheet, steps, distances, losses, real }, { step }) {
@@ -15,7 +15,7 @@ figures.gan = {
     const pictures = digits({ title: "the same 24 latent points", sheet, frame,
       label: `24 generated pictures after ${step} steps` });
     const powers = (values) => values.map(Math.log10);
-    const p = plot({ title: "distance to real digits", x: [0, steps.at(-1)], y: [0, 3.6], xlabel: "step",
+    const p = plot({ title: "distance to real digits", x: [0, 1.04 * steps.at(-1)], y: [0, 3.6], xlabel: "step",
       xticks: ticks(0, steps.at(-1)), yticks: [[0, "1"], [1, "10"], [2, "100"], [3, "1000"]],
       label: `Fréchet distance over ${steps.at(-1)} steps, from ${fixed(distances[0], 0)} to ` +
         `${fixed(distances.at(-1), 0)}; real digits have ${fixed(real, 1)}` });
