@@ -255,6 +255,17 @@ def orders(data, together, distance, momentum):
     }
 
 
+def gan(data, step):
+    frame = data["steps"].index(step)
+    shown = {key: data[key] for key in ("sheet", "steps", "distances", "real")}
+    return {
+        **shown,
+        "frame": frame,
+        "distance": data["distances"][frame],
+        "losses": data["losses"][frame],
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -270,4 +281,5 @@ def in_numpy():
         "momentum": momentum,
         "devices": devices,
         "orders": orders,
+        "gan": gan,
     }

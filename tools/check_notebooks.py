@@ -233,7 +233,7 @@ def glossary_first_use(chapter: Chapter) -> Iterator[Problem]:
     for index, block in prose(chapter):
         for match in any_of(terms).finditer(block.text):
             slug = terms[" ".join(match[1].lower().split())]
-            link = block.link_around(*match.span()) or ""
+            link = unquote(block.link_around(*match.span()) or "")
             # Inside a link to elsewhere a word cannot carry its own link: its turn comes later.
             if slug in seen or (link and "glossary.md" not in link):
                 continue

@@ -497,3 +497,33 @@ def _variance_in_evaluation(variance_in_evaluation: Any) -> bool:
         if not close(variance_in_evaluation(mean, var, p), var / seen):
             return False
     return True
+
+
+@exercise(
+    "17.1",
+    "a channel has one value for each image and each place: how many places are there where the "
+    "batch norm stands?",
+)
+def _sharing_a_mean(answer: Any) -> bool:
+    return close(answer, [32 * 7 * 7, 32 * 14 * 14, 32 * 7 * 7])
+
+
+@exercise(
+    "17.2",
+    "every feature adds its own share, as if it were the only one; what is the distance of two "
+    "normal distributions of one number?",
+)
+def _independent(independent: Any) -> bool:
+    mean_a, mean_b = sample((2, 5), seed=17)
+    var_a, var_b = sample((2, 5), seed=18) ** 2
+    expected = np.sum((mean_a - mean_b) ** 2 + (np.sqrt(var_a) - np.sqrt(var_b)) ** 2)
+    return close(independent(mean_a, var_a, mean_b, var_b), expected)
+
+
+@exercise(
+    "17.3",
+    "write the loss with p as the unknown, find where its slope is zero, and ask which score the "
+    "sigmoid turns into that p.",
+)
+def _best_score(best_score: Any) -> bool:
+    return all(close(best_score(r), math.log(r)) for r in (1.0, 3.0, 0.25, 40.0))

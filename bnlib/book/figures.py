@@ -3,14 +3,18 @@
 Each function returns a matplotlib figure in the book's look; call `style.use` first.
 """
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors as mpl_colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bnlib.book.style import WIDTH, color
+
+GAP = "#dddddd"  # between the tiles of a sheet of digits
 
 
 def digit_row(images: ArrayLike, columns: int = 8) -> Figure:
@@ -635,5 +639,92 @@ def orders(classes: ArrayLike, share: float = 0.1) -> Figure:
     bars = [values.var(ddof=1), variances.mean(), running[-1][1]]
     right.bar(["pooled", "averaged", "running"], bars, width=0.6, color=color("eval"), alpha=0.6)
     right.set(title="variance")
+    plt.close(figure)
+    return figure
+
+
+def tiles(images: ArrayLike, columns: int) -> NDArray[np.float64]:
+    """Return images as one sheet, row by row, with gaps of two pixels that hold NaN.
+
+    images: shape (n, 28, 28) or (n, 1, 28, 28), arrays or tensors.
+    """
+    images = np.asarray(images, dtype=float).reshape(-1, 28, 28)
+    rows, pitch = -(-len(images) // columns), 30
+    sheet = np.full((rows * pitch - 2, columns * pitch - 2), np.nan)
+    for i, image in enumerate(images):
+        y, x = pitch * np.array(divmod(i, columns))
+        sheet[y : y + 28, x : x + 28] = image
+    return sheet
+
+
+def digit_grid(
+    images: ArrayLike, columns: int = 10, rows: Sequence[str] = (), tops: Sequence[str] = ()
+) -> Figure:
+    """Show images as a sheet of `tiles`: the style of the chapters on GANs.
+
+    images: shape (n, 28, 28) or (n, 1, 28, 28), arrays or tensors, -1 for paper and 1 for ink, row
+    by row. rows: a name at the left of each row; tops: one above each column. The figure is as wide
+    as the page allows, whatever the number of columns.
+    """
+    sheet = tiles(images, columns)
+    height, width = sheet.shape
+    left = 0.1 + 0.075 * max((len(name) for name in rows), default=-1)  # inches for the names
+    tall = (WIDTH - left) * height / width + (0.25 if tops else 0.05)
+    figure, ax = plt.subplots(figsize=(WIDTH, tall))
+    ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")
+    ax.set_yticks(30 * np.arange(len(rows)) + 13.5, rows)
+    ax.set_xticks(30 * np.arange(len(tops)) + 13.5, tops)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set_facecolor(GAP)
+    ax.spines[:].set_visible(False)
+    plt.close(figure)
+    return figure
+
+
+def _distances(ax: Axes, steps: ArrayLike, curve: ArrayLike, floor: float) -> None:
+    """Draw a Fréchet distance over the steps, and that of real digits."""
+    ax.semilogy(np.asarray(steps), np.asarray(curve), color=color("fake"))
+    ax.axhline(floor, color=color("real"), linestyle="--")
+    ax.set(ylim=(1, 4000), xlabel="step")
+    ax.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    ax.minorticks_off()
+
+
+def gan_moment(
+    images: ArrayLike, steps: ArrayLike, curve: ArrayLike, floor: float, step: int
+) -> Figure:
+    """Show generated images, (n, 1, 28, 28) in six columns, and the distance over the steps.
+
+    curve: one distance for each of the steps; floor: that of real digits; step: where we are.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.3), width_ratios=(3, 2))
+    left.imshow(tiles(images, 6), vmin=-1, vmax=1, interpolation="nearest")
+    left.set(xticks=[], yticks=[], facecolor=GAP, title="the same 24 latent points")
+    left.spines[:].set_visible(False)
+    _distances(right, steps, curve, floor)
+    right.axvline(step, color=color("ink"), linewidth=1)
+    right.set(title="distance to real digits")
+    plt.close(figure)
+    return figure
+
+
+def duel(losses: ArrayLike, steps: ArrayLike, curve: ArrayLike, floor: float) -> Figure:
+    """Show the losses of critic and generator, shape (steps, 2), and the distance below them.
+
+    The losses are means of 20 steps, with those of a critic that cannot tell dashed. The others:
+    see `gan_moment`.
+    """
+    losses = np.asarray(losses)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 3.6), sharex=True)
+    blocks = losses[: len(losses) // 20 * 20].reshape(-1, 20, 2).mean(axis=1)
+    at = 20 * np.arange(len(blocks)) + 10
+    parts = (("critic", "muted", 2 * np.log(2)), ("generator", "fake", np.log(2)))
+    for values, (name, thing, blind) in zip(blocks.T, parts, strict=True):
+        top.plot(at, values, color=color(thing), label=name)
+        top.axhline(blind, color=color(thing), linewidth=0.9, linestyle="--")
+    top.set(ylabel="loss", ylim=(0, None))
+    top.legend(loc="upper right")
+    _distances(bottom, steps, curve, floor)
+    bottom.set(ylabel="distance")
     plt.close(figure)
     return figure

@@ -10,6 +10,7 @@ import torch
 
 from bnlib.book import exercises
 from bnlib.book.exercises import EXERCISES
+from bnlib.gan import frechet_distance
 from bnlib.scratch.layers import Linear
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
@@ -134,6 +135,10 @@ def variance_in_evaluation(mean, var, p):
     return var / (kept * (var + mean**2) / kept**2 - mean**2)
 
 
+def independent(mean_a, var_a, mean_b, var_b, spread=np.sqrt):
+    return np.sum((mean_a - mean_b) ** 2) + np.sum((spread(var_a) - spread(var_b)) ** 2)
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -171,6 +176,9 @@ RIGHT = {
     "15.1": without_padding,
     "15.2": moved_statistics,
     "15.3": variance_in_evaluation,
+    "17.1": [1568, 6272, 1568],
+    "17.2": independent,
+    "17.3": np.log,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -212,6 +220,9 @@ WRONG = {  # the mistakes that the exercises are about
     "15.1": lambda mean, var, p: (mean / (1 - p), var / (1 - p)),
     "15.2": lambda *given: moved_statistics(*given[:3], 0 * given[3], *given[4:]),
     "15.3": lambda mean, var, p: 1 - p,
+    "17.1": [49, 196, 49],
+    "17.2": lambda *moments: independent(*moments, spread=lambda var: var),
+    "17.3": lambda r: r / (1 + r),
 }
 
 
@@ -298,3 +309,12 @@ def test_each_exercise_is_used_in_the_chapter_of_its_number_and_nowhere_else():
         for number in set(re.findall(r"""exercises\.check\(\s*["'](.+?)["']""", code)):
             used.setdefault(number, []).append(chapter.name[:2])
     assert used == {number: [number[:2]] for number in EXERCISES}
+
+
+def test_the_distance_of_independent_features_is_the_librarys():
+    rng = np.random.default_rng(0)
+    points = rng.permuted(np.linspace(-1, 1, 40)), rng.permuted(np.linspace(-1, 1, 40))
+    plane = np.array([np.tile(points[0], 40), np.repeat(points[1], 40)]).T  # not correlated
+    a, b = 3 * plane + 1, plane * [0.5, 4] - 2
+    moments = [f(c) for c in (a, b) for f in (lambda c: c.mean(0), lambda c: c.var(0, ddof=1))]
+    np.testing.assert_allclose(independent(*moments), frechet_distance(a, b), rtol=1e-9)

@@ -101,6 +101,11 @@ STEPS = {
         ("slider", "distance of the classes", "Home", {"distance": 0.0}),
         ("slider", "momentum", "Home ArrowRight", {"momentum": 0.02}),
     ],
+    "gan": [
+        ("slider", "step", "Home", {"step": 0}),
+        ("slider", "step", "ArrowRight ArrowRight", {"step": 16}),
+        ("slider", "step", "End ArrowLeft", {"step": 1444}),
+    ],
 }
 
 
@@ -169,6 +174,10 @@ def said_by_orders(result, params):
     return [*sizes, *pooled, result["averaged"], len(result["means"]), *last]
 
 
+def said_by_gan(result, params):
+    return [params["step"], result["distance"], result["real"], *result["losses"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -181,6 +190,7 @@ SAID = {
     "momentum": said_by_momentum,
     "devices": said_by_devices,
     "orders": said_by_orders,
+    "gan": said_by_gan,
 }
 
 

@@ -705,6 +705,13 @@ def test_a_notebook_with_lines_as_lists_is_read_alike(draft):
     assert list(problems(Chapter(draft.path, Book(draft.root)))) == []
 
 
+def test_a_term_with_an_accent_may_be_linked(draft):
+    with (draft.root / "back" / "glossary.md").open("a") as file:
+        file.write("\n## Fréchet distance\n")
+    draft["text"].source += "\n\nA [Fréchet distance](../back/glossary.md#fréchet-distance)."
+    assert draft.problems() == []
+
+
 def test_an_empty_glossary_asks_for_nothing(draft):
     (draft.root / "back" / "glossary.md").write_text("# Glossary\n\n## Batch mean\n\n## Batch\n")
     assert draft.problems() == []
