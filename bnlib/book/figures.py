@@ -3,14 +3,18 @@
 Each function returns a matplotlib figure in the book's look; call `style.use` first.
 """
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors as mpl_colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bnlib.book.style import WIDTH, color
+
+GAP = "#dddddd"  # between the tiles of a sheet of digits
 
 
 def digit_row(images: ArrayLike, columns: int = 8) -> Figure:
@@ -611,5 +615,43 @@ def talk(devices: ArrayLike, curves: ArrayLike, at: int, bars: ArrayLike) -> Fig
     right.set(title="microseconds a step")
     names = ["conv.", "norm", "bytes", "waits:\nring", "waits:\ndoubling"]
     right.set_xticks(range(5), names, fontsize=7)
+    plt.close(figure)
+    return figure
+
+
+def tiles(images: ArrayLike, columns: int) -> NDArray[np.float64]:
+    """Return images as one sheet, row by row, with gaps of two pixels that hold NaN.
+
+    images: shape (n, 28, 28) or (n, 1, 28, 28), arrays or tensors.
+    """
+    images = np.asarray(images, dtype=float).reshape(-1, 28, 28)
+    rows, pitch = -(-len(images) // columns), 30
+    sheet = np.full((rows * pitch - 2, columns * pitch - 2), np.nan)
+    for i, image in enumerate(images):
+        y, x = pitch * np.array(divmod(i, columns))
+        sheet[y : y + 28, x : x + 28] = image
+    return sheet
+
+
+def digit_grid(
+    images: ArrayLike, columns: int = 10, rows: Sequence[str] = (), tops: Sequence[str] = ()
+) -> Figure:
+    """Show images as a sheet of `tiles`: the style of the chapters on GANs.
+
+    images: shape (n, 28, 28) or (n, 1, 28, 28), arrays or tensors, -1 for paper and 1 for ink, row
+    by row. rows: a name at the left of each row; tops: one above each column. The figure is as wide
+    as the page allows, whatever the number of columns.
+    """
+    sheet = tiles(images, columns)
+    height, width = sheet.shape
+    left = 0.09 * max((len(name) for name in rows), default=0)  # inches for the names
+    tall = (WIDTH - left) * height / width + (0.25 if tops else 0.05)
+    figure, ax = plt.subplots(figsize=(WIDTH, tall))
+    ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")
+    ax.set_yticks(30 * np.arange(len(rows)) + 13.5, rows)
+    ax.set_xticks(30 * np.arange(len(tops)) + 13.5, tops)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set_facecolor(GAP)
+    ax.spines[:].set_visible(False)
     plt.close(figure)
     return figure

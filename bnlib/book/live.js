@@ -126,6 +126,16 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
   };
 }
 
+// One frame of digits, as `live.sheet` packs them: ink on paper, which a dark theme turns around.
+function digits({ title, label, sheet: { href, frames, width, height }, frame, width: W = 320 }) {
+  const top = 26, H = (W * height) / width;
+  const image = svg("image", { href, width, height: frames * height });
+  const view = svg("svg", { y: top, width: W, height: H, viewBox: `0 ${frame * height} ${width} ${height}` }, image);
+  const text = svg("text", { x: W / 2, y: 15, "text-anchor": "middle", class: "title" }, title);
+  return svg("svg", { viewBox: `0 0 ${W} ${top + H}`, role: "img", "aria-label": label, class: "sheet",
+    style: `max-width: ${1.4 * W}px; flex-basis: ${0.72 * W}px` }, text, view);
+}
+
 // Round numbers that divide a range, as an axis wants them.
 function ticks(lo, hi) {
   const rough = (hi - lo) / 4;
