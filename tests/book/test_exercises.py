@@ -120,6 +120,23 @@ def group_size(n, e, error=lambda values: values**-0.5):
     return p
 
 
+def group_norm(z, groups, eps=1e-5):
+    rows = z.reshape(len(z), groups, -1)
+    mean, var = (f(rows, axis=2, keepdims=True) for f in (np.mean, np.var))
+    return ((rows - mean) / np.sqrt(var + eps)).reshape(z.shape)
+
+
+def virtual_value(x, mean, var, R, eps=1e-5):
+    own = 1 / (R + 1)
+    new_var = (1 - own) * (var + own * (x - mean) ** 2)
+    return (x - mean - own * (x - mean)) / np.sqrt(new_var + eps)
+
+
+def straight_lines(weight, bias, mean, var, eps=1e-5):
+    a = weight / np.sqrt(var + eps)
+    return a, bias - a * mean
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -154,6 +171,9 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
+    "20.1": group_norm,
+    "20.2": virtual_value,
+    "20.3": straight_lines,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -192,6 +212,9 @@ WRONG = {  # the mistakes that the exercises are about
     "10.1": lambda first, second: combine(first, second, apart=False),
     "10.2": lambda sizes: np.array(sizes) / sum(sizes),
     "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
+    "20.1": lambda z, groups: group_norm(z, z.shape[1] // groups),
+    "20.2": lambda x, mean, var, R: (x - mean) / np.sqrt(var + 1e-5),
+    "20.3": lambda weight, bias, mean, var: (weight / np.sqrt(var + 1e-5), bias),
 }
 
 

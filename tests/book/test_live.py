@@ -176,6 +176,14 @@ def draw_devices(rng):
     return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
+def draw_classes(rng):
+    sheets = [{"frames": 145, "width": 28, "height": 28}] * 6
+    data = {"sheets": sheets, "percents": rng.integers(0, 101, (6, 145, 10)).tolist()}
+    first, second = (int(k) for k in rng.integers(10, size=2))
+    share, point = rng.integers(5) / 4, int(rng.integers(1, 7))
+    return data, {"first": first, "second": second, "share": share, "point": point}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -187,6 +195,7 @@ DRAW = {
     "roofline": draw_roofline,
     "momentum": draw_momentum,
     "devices": draw_devices,
+    "classes": draw_classes,
 }
 
 

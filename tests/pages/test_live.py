@@ -93,6 +93,14 @@ STEPS = {
         ("slider", "latency", "Home", {"latency": 0.5}),
         ("slider", "devices", "Home", {"devices": 2}),
     ],
+    "classes": [
+        ("slider", "share of the second", "End", {"share": 1.0}),
+        ("combobox", "gamma and beta of class", 9, {"first": 9}),
+        ("slider", "share of the second", "ArrowLeft", {"share": 0.75}),
+        ("combobox", "mixed with class", 4, {"second": 4}),
+        ("slider", "latent point", "End", {"point": 6}),
+        ("combobox", "gamma and beta of class", 4, {"first": 4}),
+    ],
 }
 
 
@@ -154,6 +162,15 @@ def said_by_devices(result, params):
     return numbers
 
 
+def said_by_classes(result, params):
+    first, second, read = params["first"], params["second"], result["read"]
+    found = [result["digit"], result["best"]]
+    if first == second:
+        return [params["point"], first, *found]
+    shares = [first, 1 - params["share"], second, params["share"]]
+    return [params["point"], *shares, *found, first, read[first], second, read[second]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -165,6 +182,7 @@ SAID = {
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
     "devices": said_by_devices,
+    "classes": said_by_classes,
 }
 
 
