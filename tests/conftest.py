@@ -230,6 +230,17 @@ def devices(data, devices, channels, batch, bandwidth, latency):
     }
 
 
+def gan(data, step):
+    frame = data["steps"].index(step)
+    shown = {key: data[key] for key in ("sheet", "steps", "distances", "real")}
+    return {
+        **shown,
+        "frame": frame,
+        "distance": data["distances"][frame],
+        "losses": data["losses"][frame],
+    }
+
+
 def classes(data, first, second, share, point):
     states = [{k: 1.0} for k in range(10)]
     for a in range(10):
@@ -256,5 +267,6 @@ def in_numpy():
         "roofline": roofline,
         "momentum": momentum,
         "devices": devices,
+        "gan": gan,
         "classes": classes,
     }

@@ -660,7 +660,9 @@ def digit_grid(
 
 def axes_of_norms() -> Figure:
     """Show which values of (images, channels, places) share a mean, for four norms."""
-    figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 1.75), subplot_kw={"projection": "3d"})
+    figure, axes = plt.subplots(
+        1, 4, figsize=(WIDTH, 1.6), subplot_kw={"projection": "3d"}, layout="none"
+    )
     every = slice(None)  # matplotlib's x, y and z: channels, places, images
     shared: dict[str, tuple[Any, ...]] = {
         "batch": (2, every, every),
@@ -674,14 +676,18 @@ def axes_of_norms() -> Figure:
         ax.voxels(np.ones(hues.shape, dtype=bool), facecolors=hues, edgecolor=color("muted"),
                   linewidth=0.4, shade=False)  # fmt: skip
         ax.set(xticks=[], yticks=[], zticks=[])
-        ax.set_box_aspect((6, 4, 6), zoom=1.25)
+        ax.set_box_aspect((6, 4, 6), zoom=1.1)
         ax.set_axis_off()
         ax.view_init(elev=24, azim=-58)
-        ax.set_title(name, y=0.98)
-    axes[0].text(3, -1.2, -0.8, "channels", ha="center", va="top", fontsize=7)
-    axes[0].text(-0.8, 0, 3, "images", ha="right", va="center", fontsize=7, rotation=90)
-    axes[0].text(6.6, 2, -0.6, "places", ha="left", va="top", fontsize=7)
-    figure.subplots_adjust(0.02, 0, 1, 0.9, wspace=0.02)
+        ax.set_title(name, y=1)
+    for x, y, name, turn in (
+        (0.3, 0, "channels", 0),
+        (0.88, 0.06, "places", 0),
+        (0, 0.5, "images", 90),
+    ):
+        axes[0].text2D(x, y, name, ha="center", va="center", fontsize=7, rotation=turn,
+                       transform=axes[0].transAxes)  # fmt: skip
+    figure.subplots_adjust(0.03, 0.02, 1, 0.95, wspace=0.04)
     plt.close(figure)
     return figure
 

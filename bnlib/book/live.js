@@ -69,9 +69,10 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
     add("line", { x1: X(v), x2: X(v), y1: H - bottom, y2: H - bottom + 4, class: "axis" });
     text(X(v), H - bottom + 17, String(name).replace("-", "\u2212"));
   }
-  for (const v of yticks) {
+  for (const tick of yticks) {
+    const [v, name] = Array.isArray(tick) ? tick : [tick, tick];
     add("line", { x1: left, x2: W - right, y1: Y(v), y2: Y(v), class: "grid" });
-    text(left - 5, Y(v) + 4, String(v).replace("-", "\u2212"), { "text-anchor": "end" });
+    text(left - 5, Y(v) + 4, String(name).replace("-", "\u2212"), { "text-anchor": "end" });
   }
   text((left + W - right) / 2, H - 6, xlabel, { class: "label" });
   const inside = (v) => v >= x0 && v <= x1;

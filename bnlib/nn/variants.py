@@ -341,7 +341,7 @@ class VirtualBatchNorm1d(_VirtualBatchNorm, nn.BatchNorm1d):
 
     Raises ValueError for a reference of another shape, RuntimeError for one of another type or
     device; the others: see `functional.batch_norm`.
-    Source: Salimans et al. (2016), "Improved Techniques for Training GANs", section 3.4.
+    Source: Salimans et al. (2016), "Improved Techniques for Training GANs", section 3.5.
     """
 
     _check_input_dim = modules.BatchNorm1d._check_input_dim
@@ -351,7 +351,7 @@ class VirtualBatchNorm2d(_VirtualBatchNorm, nn.BatchNorm2d):
     """Normalize each image with the statistics of a reference batch and of itself.
 
     input: floats, shape (N, C, H, W). The others: as in `VirtualBatchNorm1d`.
-    Source: Salimans et al. (2016), section 3.4.
+    Source: Salimans et al. (2016), section 3.5.
     """
 
     _check_input_dim = modules.BatchNorm2d._check_input_dim

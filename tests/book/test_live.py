@@ -176,11 +176,21 @@ def draw_devices(rng):
     return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
+def draw_gan(rng):
+    steps = [3 * k * k for k in range(21)]
+    numbers = {"distances": rng.uniform(1, 2000, 21).tolist(), "real": rng.uniform(1, 5)}
+    losses = rng.uniform(0.2, 4, (21, 2)).tolist()
+    sheet = {"frames": 21, "width": 178, "height": 118}
+    return {"sheet": sheet, "steps": steps, "losses": losses, **numbers}, {
+        "step": steps[rng.integers(21)]
+    }
+
+
 def draw_classes(rng):
-    sheets = [{"frames": 145, "width": 28, "height": 28}] * 6
-    data = {"sheets": sheets, "percents": rng.integers(0, 101, (6, 145, 10)).tolist()}
+    sheets = [{"frames": 145, "width": 28, "height": 28}] * 5
+    data = {"sheets": sheets, "percents": rng.integers(0, 101, (5, 145, 10)).tolist()}
     first, second = (int(k) for k in rng.integers(10, size=2))
-    share, point = rng.integers(5) / 4, int(rng.integers(1, 7))
+    share, point = rng.integers(5) / 4, int(rng.integers(1, 6))
     return data, {"first": first, "second": second, "share": share, "point": point}
 
 
@@ -195,6 +205,7 @@ DRAW = {
     "roofline": draw_roofline,
     "momentum": draw_momentum,
     "devices": draw_devices,
+    "gan": draw_gan,
     "classes": draw_classes,
 }
 

@@ -93,12 +93,17 @@ STEPS = {
         ("slider", "latency", "Home", {"latency": 0.5}),
         ("slider", "devices", "Home", {"devices": 2}),
     ],
+    "gan": [
+        ("slider", "step", "Home", {"step": 0}),
+        ("slider", "step", "ArrowRight ArrowRight", {"step": 12}),
+        ("slider", "step", "End ArrowLeft", {"step": 1083}),
+    ],
     "classes": [
         ("slider", "share of the second", "End", {"share": 1.0}),
         ("combobox", "gamma and beta of class", 9, {"first": 9}),
         ("slider", "share of the second", "ArrowLeft", {"share": 0.75}),
         ("combobox", "mixed with class", 4, {"second": 4}),
-        ("slider", "latent point", "End", {"point": 6}),
+        ("slider", "latent point", "End", {"point": 5}),
         ("combobox", "gamma and beta of class", 4, {"first": 4}),
     ],
 }
@@ -162,6 +167,10 @@ def said_by_devices(result, params):
     return numbers
 
 
+def said_by_gan(result, params):
+    return [params["step"], result["distance"], result["real"], *result["losses"]]
+
+
 def said_by_classes(result, params):
     first, second, read = params["first"], params["second"], result["read"]
     found = [result["digit"], result["best"]]
@@ -182,6 +191,7 @@ SAID = {
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
     "devices": said_by_devices,
+    "gan": said_by_gan,
     "classes": said_by_classes,
 }
 

@@ -5,7 +5,7 @@ figures.classes = {
     { name: "first", label: "gamma and beta of class", kind: "choice", options: () => [..."0123456789"] },
     { name: "second", label: "mixed with class", kind: "choice", options: () => [..."0123456789"] },
     { name: "share", label: "share of the second", kind: "range", min: 0, max: 1, step: 0.25 },
-    { name: "point", label: "latent point", kind: "range", min: 1, max: 6, step: 1, show: String },
+    { name: "point", label: "latent point", kind: "range", min: 1, max: 5, step: 1, show: String },
   ],
 
   // Frames 0 to 9 are the classes; then come three mixtures of each pair, (0, 1) first.
