@@ -35,12 +35,12 @@ def one_node(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep a module whole in a graph of torch.fx, as torch.nn's own modules are."""
 
     @wraps(forward)
-    def checked(self: Any, input: Tensor, *others: Any) -> Any:
+    def checked(self: Any, input: Tensor, *others: Any, **named: Any) -> Any:
         if isinstance(input, Tensor) or not isinstance(input, Proxy):
-            return forward(self, input, *others)
+            return forward(self, input, *others, **named)
         tracer: Any = input.tracer
         path = tracer.path_of_module(self)
-        return tracer.create_proxy("call_module", path, (input, *others), {})
+        return tracer.create_proxy("call_module", path, (input, *others), named)
 
     return checked
 

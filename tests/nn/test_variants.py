@@ -275,6 +275,10 @@ class TestConditional:
         y = conditional("2d", 4)(torch.empty(0, C, 4, 5).double(), torch.empty(0).long())
         assert y.shape == (0, C, 4, 5)
 
+    def test_label_may_be_named(self):
+        layer, x, label = conditional("1d", 4), make((12, C)), torch.arange(12) % 4
+        agree(layer(input=x, label=label), layer(x, label))
+
     def test_it_stays_one_node_in_a_graph(self):
         class Model(nn.Module):
             def __init__(self):
@@ -282,7 +286,7 @@ class TestConditional:
                 self.norm = conditional("1d", 4)
 
             def forward(self, x, label):
-                return self.norm(x, label).relu()
+                return self.norm(x, label=label).relu()
 
         model = Model().eval()
         graph = torch.fx.symbolic_trace(model)
