@@ -100,8 +100,8 @@ STEPS = {
     ],
     "classes": [
         ("slider", "share of the second", "End", {"share": 1.0}),
-        ("combobox", "gamma and beta of class", 9, {"first": 9}),
         ("slider", "share of the second", "ArrowLeft", {"share": 0.75}),
+        ("combobox", "gamma and beta of class", 9, {"first": 9}),
         ("combobox", "mixed with class", 4, {"second": 4}),
         ("slider", "latent point", "End", {"point": 5}),
         ("combobox", "gamma and beta of class", 4, {"first": 4}),
