@@ -166,7 +166,8 @@ class BatchRenorm1d(_BatchRenorm, nn.BatchNorm1d):
     num_features: C. options, by keyword: those of torch.nn.BatchNorm1d; states too are its own.
     input: floats, shape (N, C) or (N, C, L). The running statistics move as in batch norm; so it is
     the variance that is averaged, where Ioffe averages the standard deviation. Evaluation is an
-    ordinary batch norm's. Keras had it as BatchNormalization(renorm=True), up to version 2.
+    ordinary batch norm's. Keras has it as BatchNormalization(renorm=True), except in the first
+    releases of version 3.
 
     Raises ValueError for r_max below 1, d_max below 0, or track_running_stats=False; the others:
     see `functional.batch_norm`.
@@ -272,8 +273,9 @@ class ConditionalBatchNorm1d(_ConditionalBatchNorm, nn.BatchNorm1d):
 
     Raises TypeError for a label of another type, ValueError for one of another shape, IndexError
     for a class out of range; the others: see `functional.batch_norm`.
-    Source: de Vries et al. (2017), "Modulating early visual processing by language"; the table of
-    classes: Dumoulin, Shlens and Kudlur (2017), "A Learned Representation for Artistic Style".
+    Source: de Vries et al. (2017), "Modulating early visual processing by language"; the table,
+    behind instance norm: Dumoulin, Shlens and Kudlur (2017), "A Learned Representation for Artistic
+    Style".
     """
 
     _check_input_dim = modules.BatchNorm1d._check_input_dim
