@@ -266,6 +266,18 @@ def gan(data, step):
     }
 
 
+def classes(data, first, second, share, point):
+    states = [{k: 1.0} for k in range(10)]
+    for a in range(10):
+        for b in range(a + 1, 10):
+            states += [{a: 1 - t, b: t} for t in (0.25, 0.5, 0.75)]
+    wanted = {first: 1 - share, second: share} if first != second else {first: 1.0}
+    frame = states.index({k: part for k, part in wanted.items() if part})
+    read = data["percents"][point - 1][frame]
+    given = {"sheet": data["sheets"][point - 1], "frame": frame, "read": read}
+    return {**given, "best": max(read), "digit": int(np.argmax(read))}
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -282,4 +294,5 @@ def in_numpy():
         "devices": devices,
         "orders": orders,
         "gan": gan,
+        "classes": classes,
     }

@@ -527,3 +527,45 @@ def _independent(independent: Any) -> bool:
 )
 def _best_score(best_score: Any) -> bool:
     return all(close(best_score(r), math.log(r)) for r in (1.0, 3.0, 0.25, 40.0))
+
+
+@exercise(
+    "20.1",
+    "a row of z is an image; cut it into `groups` pieces of equal length, normalize each piece by "
+    "itself, and give the array its old shape back.",
+)
+def _group_norm(group_norm: Any) -> bool:
+    z = sample((4, 6, 3, 5))
+    for groups in (1, 2, 3, 6):
+        rows = z.reshape(4 * groups, -1)
+        expected = (rows.T - rows.mean(axis=1)) / np.sqrt(rows.var(axis=1) + 1e-5)
+        if not close(group_norm(z.copy(), groups), expected.T.reshape(z.shape)):
+            return False
+    return True
+
+
+@exercise(
+    "20.2",
+    "x is one of R + 1 values: what is their mean, and what their variance around it? Both the "
+    "distance of x and that of the reference from the new mean count.",
+)
+def _virtual_value(virtual_value: Any) -> bool:
+    for seed, R in enumerate((2, 8, 31)):
+        values = sample((R + 1, 1), seed)[:, 0]
+        *reference, x = values
+        expected = (x - values.mean()) / np.sqrt(values.var() + 1e-5)
+        answer = virtual_value(x, np.mean(reference), np.var(reference), R)
+        if not close(answer, expected):
+            return False
+    return True
+
+
+@exercise(
+    "20.3",
+    "y = gamma_k (z - mean) / sqrt(var + eps) + beta_k: what multiplies z, and what is left over?",
+)
+def _straight_lines(straight_lines: Any) -> bool:
+    weight, bias, (mean, spread, z) = sample((4, 3), 1), sample((4, 3), 2), sample((3, 3), 3)
+    var = 1 + spread**2
+    a, b = straight_lines(weight.copy(), bias.copy(), mean, var)
+    return close(a * z + b, weight * (z - mean) / np.sqrt(var + 1e-5) + bias)

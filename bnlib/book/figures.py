@@ -4,6 +4,7 @@ Each function returns a matplotlib figure in the book's look; call `style.use` f
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -726,5 +727,53 @@ def duel(losses: ArrayLike, steps: ArrayLike, curve: ArrayLike, floor: float) ->
     top.legend(loc="upper right")
     _distances(bottom, steps, curve, floor)
     bottom.set(ylabel="distance")
+    plt.close(figure)
+    return figure
+
+
+def axes_of_norms() -> Figure:
+    """Show which values of (images, channels, places) share a mean, for four norms."""
+    figure, axes = plt.subplots(
+        1, 4, figsize=(WIDTH, 1.6), subplot_kw={"projection": "3d"}, layout="none"
+    )
+    every = slice(None)  # matplotlib's x, y and z: channels, places, images
+    shared: dict[str, tuple[Any, ...]] = {
+        "batch": (2, every, every),
+        "layer": (every, every, 5),
+        "instance": (2, every, 5),
+        "group": (slice(2, 4), every, 5),
+    }
+    for ax, (name, values) in zip(axes, shared.items(), strict=True):
+        hues = np.full((6, 4, 6), "#f4f4f4", dtype=object)
+        hues[values] = color("z_hat")
+        ax.voxels(np.ones(hues.shape, dtype=bool), facecolors=hues, edgecolor=color("muted"),
+                  linewidth=0.4, shade=False)  # fmt: skip
+        ax.set(xticks=[], yticks=[], zticks=[])
+        ax.set_box_aspect((6, 4, 6), zoom=1.1)
+        ax.set_axis_off()
+        ax.view_init(elev=24, azim=-58)
+        ax.set_title(name, y=1)
+    for x, y, name, turn in (
+        (0.3, 0, "channels", 0),
+        (0.88, 0.06, "places", 0),
+        (0, 0.5, "images", 90),
+    ):
+        axes[0].text2D(x, y, name, ha="center", va="center", fontsize=7, rotation=turn,
+                       transform=axes[0].transAxes)  # fmt: skip
+    figure.subplots_adjust(0.03, 0.02, 1, 0.95, wspace=0.04)
+    plt.close(figure)
+    return figure
+
+
+def read_as(image: ArrayLike, percents: ArrayLike) -> Figure:
+    """Show a drawn digit, -1 for paper and 1 for ink, and how sure a classifier is of each class.
+
+    image: shape (28, 28). percents: shape (10,).
+    """
+    figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 1.4), figsize=(WIDTH, 2.3))
+    left.imshow(np.asarray(image), vmin=-1, vmax=1, interpolation="nearest")
+    left.axis("off")
+    right.bar(range(10), np.asarray(percents), color=color("fake"), alpha=0.7)
+    right.set(xlabel="read as", ylabel="percent", xticks=range(10), ylim=(0, 100))
     plt.close(figure)
     return figure

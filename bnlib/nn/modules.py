@@ -31,15 +31,16 @@ def _check_dim(input: Tensor, shapes: dict[int, str], others: str) -> None:
         )
 
 
-def one_node(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+def one_node(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep a module whole in a graph of torch.fx, as torch.nn's own modules are."""
 
     @wraps(forward)
-    def checked(self: Any, input: Tensor) -> Any:
+    def checked(self: Any, input: Tensor, *others: Any, **named: Any) -> Any:
         if isinstance(input, Tensor) or not isinstance(input, Proxy):
-            return forward(self, input)
+            return forward(self, input, *others, **named)
         tracer: Any = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        path = tracer.path_of_module(self)
+        return tracer.create_proxy("call_module", path, (input, *others), named)
 
     return checked
 
@@ -62,6 +63,10 @@ class _BatchNorm(_DropIn, batchnorm._BatchNorm):
         As in torch.nn, a batch of the right number of dimensions is counted before it is refused.
         """
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        return self._normalize(input, self.weight, self.bias)
+
+    def _normalize(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Do what `forward` does, with this weight and bias for the module's own."""
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -71,7 +76,7 @@ class _BatchNorm(_DropIn, batchnorm._BatchNorm):
         use_batch = self.training or (mean is None and var is None)
         if self.training and not self.track_running_stats:
             mean = var = None
-        return F.batch_norm(input, mean, var, self.weight, self.bias, use_batch, momentum, self.eps)
+        return F.batch_norm(input, mean, var, weight, bias, use_batch, momentum, self.eps)
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

@@ -139,6 +139,23 @@ def independent(mean_a, var_a, mean_b, var_b, spread=np.sqrt):
     return np.sum((mean_a - mean_b) ** 2) + np.sum((spread(var_a) - spread(var_b)) ** 2)
 
 
+def group_norm(z, groups, eps=1e-5):
+    rows = z.reshape(len(z), groups, -1)
+    mean, var = (f(rows, axis=2, keepdims=True) for f in (np.mean, np.var))
+    return ((rows - mean) / np.sqrt(var + eps)).reshape(z.shape)
+
+
+def virtual_value(x, mean, var, R, eps=1e-5):
+    own = 1 / (R + 1)
+    new_var = (1 - own) * (var + own * (x - mean) ** 2)
+    return (x - mean - own * (x - mean)) / np.sqrt(new_var + eps)
+
+
+def straight_lines(weight, bias, mean, var, eps=1e-5):
+    a = weight / np.sqrt(var + eps)
+    return a, bias - a * mean
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -179,6 +196,9 @@ RIGHT = {
     "17.1": [1568, 6272, 1568],
     "17.2": independent,
     "17.3": np.log,
+    "20.1": group_norm,
+    "20.2": virtual_value,
+    "20.3": straight_lines,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -223,6 +243,9 @@ WRONG = {  # the mistakes that the exercises are about
     "17.1": [49, 196, 49],
     "17.2": lambda *moments: independent(*moments, spread=lambda var: var),
     "17.3": lambda r: r / (1 + r),
+    "20.1": lambda z, groups: group_norm(z, z.shape[1] // groups),
+    "20.2": lambda x, mean, var, R: (x - mean) / np.sqrt(var + 1e-5),
+    "20.3": lambda weight, bias, mean, var: (weight / np.sqrt(var + 1e-5), bias),
 }
 
 

@@ -195,6 +195,14 @@ def draw_gan(rng):
     }
 
 
+def draw_classes(rng):
+    sheets = [{"frames": 145, "width": 28, "height": 28}] * 5
+    data = {"sheets": sheets, "percents": rng.integers(0, 101, (5, 145, 10)).tolist()}
+    first, second = (int(k) for k in rng.integers(10, size=2))
+    share, point = rng.integers(5) / 4, int(rng.integers(1, 6))
+    return data, {"first": first, "second": second, "share": share, "point": point}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -208,6 +216,7 @@ DRAW = {
     "devices": draw_devices,
     "orders": draw_orders,
     "gan": draw_gan,
+    "classes": draw_classes,
 }
 
 

@@ -106,6 +106,14 @@ STEPS = {
         ("slider", "step", "ArrowRight ArrowRight", {"step": 16}),
         ("slider", "step", "End ArrowLeft", {"step": 1444}),
     ],
+    "classes": [
+        ("slider", "share of the second", "End", {"share": 1.0}),
+        ("slider", "share of the second", "ArrowLeft", {"share": 0.75}),
+        ("combobox", "gamma and beta of class", 9, {"first": 9}),
+        ("combobox", "mixed with class", 4, {"second": 4}),
+        ("slider", "latent point", "End", {"point": 5}),
+        ("combobox", "gamma and beta of class", 4, {"first": 4}),
+    ],
 }
 
 
@@ -178,6 +186,15 @@ def said_by_gan(result, params):
     return [params["step"], result["distance"], result["real"], *result["losses"]]
 
 
+def said_by_classes(result, params):
+    first, second, read = params["first"], params["second"], result["read"]
+    found = [result["digit"], result["best"]]
+    if first == second:
+        return [params["point"], first, *found]
+    shares = [first, 1 - params["share"], second, params["share"]]
+    return [params["point"], *shares, *found, first, read[first], second, read[second]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -191,6 +208,7 @@ SAID = {
     "devices": said_by_devices,
     "orders": said_by_orders,
     "gan": said_by_gan,
+    "classes": said_by_classes,
 }
 
 
