@@ -241,6 +241,13 @@ def gan(data, step):
     }
 
 
+def truncation(data, threshold, statistics):
+    k = data["thresholds"].index(threshold)
+    shown = {key: data[key] for key in ("sheet", "thresholds", "distances")}
+    frame = statistics * len(data["thresholds"]) + k
+    return {**shown, "frame": frame, "both": [curve[k] for curve in data["distances"]]}
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -256,4 +263,5 @@ def in_numpy():
         "momentum": momentum,
         "devices": devices,
         "gan": gan,
+        "truncation": truncation,
     }

@@ -1,6 +1,7 @@
 """The self-checks: right answers pass, wrong ones get a hint and never the answer."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -125,6 +126,11 @@ def independent(mean_a, var_a, mean_b, var_b, spread=np.sqrt):
     return np.sum((mean_a - mean_b) ** 2) + np.sum((spread(var_a) - spread(var_b)) ** 2)
 
 
+def too_small(t):
+    density = np.exp(-t * t / 2) / np.sqrt(2 * np.pi)
+    return np.sqrt(1 - 2 * t * density / math.erf(t / np.sqrt(2)))
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -162,6 +168,9 @@ RIGHT = {
     "17.1": [3136, 12544, 3136],
     "17.2": independent,
     "17.3": np.log,
+    "19.1": too_small,
+    "19.2": lambda decay: 1 - decay,
+    "19.3": [2, 8],
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -203,6 +212,9 @@ WRONG = {  # the mistakes that the exercises are about
     "17.1": [49, 196, 49],
     "17.2": lambda *moments: independent(*moments, spread=lambda var: var),
     "17.3": lambda r: r / (1 + r),
+    "19.1": lambda t: too_small(t) ** 2,
+    "19.2": lambda decay: decay,
+    "19.3": [2, 6],
 }
 
 

@@ -98,6 +98,11 @@ STEPS = {
         ("slider", "step", "ArrowRight ArrowRight", {"step": 8}),
         ("slider", "step", "End ArrowLeft", {"step": 722}),
     ],
+    "truncation": [
+        ("slider", "threshold", "Home", {"threshold": 0.25}),
+        ("slider", "threshold", "End ArrowLeft", {"threshold": 2.25}),
+        ("combobox", "statistics", 1, {"statistics": 1}),
+    ],
 }
 
 
@@ -163,6 +168,10 @@ def said_by_gan(result, params):
     return [params["step"], result["distance"], result["real"], *result["losses"]]
 
 
+def said_by_truncation(result, params):
+    return [params["threshold"], *result["both"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -175,6 +184,7 @@ SAID = {
     "momentum": said_by_momentum,
     "devices": said_by_devices,
     "gan": said_by_gan,
+    "truncation": said_by_truncation,
 }
 
 
