@@ -278,6 +278,13 @@ def classes(data, first, second, share, point):
     return {**given, "best": max(read), "digit": int(np.argmax(read))}
 
 
+def truncation(data, threshold, statistics):
+    k = data["thresholds"].index(threshold)
+    shown = {key: data[key] for key in ("sheet", "thresholds", "distances")}
+    frame = statistics * len(data["thresholds"]) + k
+    return {**shown, "frame": frame, "both": [curve[k] for curve in data["distances"]]}
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -295,4 +302,5 @@ def in_numpy():
         "orders": orders,
         "gan": gan,
         "classes": classes,
+        "truncation": truncation,
     }

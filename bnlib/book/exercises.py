@@ -569,3 +569,34 @@ def _straight_lines(straight_lines: Any) -> bool:
     var = 1 + spread**2
     a, b = straight_lines(weight.copy(), bias.copy(), mean, var)
     return close(a * z + b, weight * (z - mean) / np.sqrt(var + 1e-5) + bias)
+
+
+@exercise(
+    "19.1",
+    "a linear layer multiplies every variance by the same factor, and in evaluation mode the batch "
+    "norm divides by the old standard deviation; take the root of what is left.",
+)
+def _too_small(too_small: Any) -> bool:
+    def left(t: float) -> float:
+        density = math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+        return math.sqrt(1 - 2 * t * density / math.erf(t / math.sqrt(2)))
+
+    return all(close(too_small(t), left(t)) for t in (0.3, 0.5, 1.0, 2.5))
+
+
+@exercise(
+    "19.2",
+    "write down what each of the two averages keeps of the old value in one step; PyTorch's "
+    "momentum is the weight of the new one.",
+)
+def _momentum_for(momentum_for: Any) -> bool:
+    return all(close(momentum_for(d), 1 - d) for d in (0.9, 0.98, 0.999))
+
+
+@exercise(
+    "19.3",
+    "what does normalizing make of two numbers, whatever they are? And how many lists of three "
+    "such values are there?",
+)
+def _two_at_a_time(answer: Any) -> bool:
+    return close(answer, [2, 8])

@@ -777,3 +777,25 @@ def read_as(image: ArrayLike, percents: ArrayLike) -> Figure:
     right.set(xlabel="read as", ylabel="percent", xticks=range(10), ylim=(0, 100))
     plt.close(figure)
     return figure
+
+
+def narrowing(
+    images: ArrayLike, thresholds: ArrayLike, curves: Sequence[ArrayLike], threshold: float
+) -> Figure:
+    """Show images of narrow latent points, (n, 1, 28, 28) in six columns, and two distances.
+
+    curves: one distance per threshold, with running and with standing statistics.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.3), width_ratios=(3, 2))
+    left.imshow(tiles(images, 6), vmin=-1, vmax=1, interpolation="nearest")
+    left.set(xticks=[], yticks=[], facecolor=GAP, title="the same 24 latent points")
+    left.spines[:].set_visible(False)
+    for curve, thing, name in zip(curves, ("eval", "train"), ("running", "standing"), strict=True):
+        right.semilogy(np.asarray(thresholds), np.asarray(curve), color=color(thing), label=name)
+    right.axvline(threshold, color=color("ink"), linewidth=1)
+    right.set(ylim=(30, 3000), xlim=(0, 2.6), xlabel="threshold", title="distance to real digits")
+    right.set_yticks([100, 1000], ["100", "1000"])
+    right.minorticks_off()
+    right.legend()
+    plt.close(figure)
+    return figure

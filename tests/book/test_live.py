@@ -203,6 +203,16 @@ def draw_classes(rng):
     return data, {"first": first, "second": second, "share": share, "point": point}
 
 
+def draw_truncation(rng):
+    thresholds = [0.25 * k for k in range(1, 11)]
+    sheet = {"frames": 20, "width": 178, "height": 118}
+    data = {"sheet": sheet, "thresholds": thresholds}
+    return data | {"distances": rng.uniform(50, 3000, (2, 10)).tolist()}, {
+        "threshold": thresholds[rng.integers(10)],
+        "statistics": int(rng.integers(2)),
+    }
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -217,6 +227,7 @@ DRAW = {
     "orders": draw_orders,
     "gan": draw_gan,
     "classes": draw_classes,
+    "truncation": draw_truncation,
 }
 
 

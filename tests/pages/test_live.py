@@ -114,6 +114,11 @@ STEPS = {
         ("slider", "latent point", "End", {"point": 5}),
         ("combobox", "gamma and beta of class", 4, {"first": 4}),
     ],
+    "truncation": [
+        ("slider", "threshold", "Home", {"threshold": 0.25}),
+        ("slider", "threshold", "End ArrowLeft", {"threshold": 2.25}),
+        ("combobox", "statistics", 1, {"statistics": 1}),
+    ],
 }
 
 
@@ -195,6 +200,10 @@ def said_by_classes(result, params):
     return [params["point"], *shares, *found, first, read[first], second, read[second]]
 
 
+def said_by_truncation(result, params):
+    return [params["threshold"], *result["both"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -209,6 +218,7 @@ SAID = {
     "orders": said_by_orders,
     "gan": said_by_gan,
     "classes": said_by_classes,
+    "truncation": said_by_truncation,
 }
 
 
