@@ -653,20 +653,21 @@ def margins(image: ArrayLike, leads: dict[int, ArrayLike], fixed: float) -> Figu
     right.axhline(fixed, color=color("eval"), linewidth=2)
     low = min(np.min(lead) for lead in leads.values())
     high = max(np.max(lead) for lead in leads.values())
-    right.set(xlabel="images in the batch", ylabel="lead of the right class", ylim=(low - 1, high + 1))
+    right.set(xlabel="images in the batch", ylabel="lead of the right class")
+    right.set_ylim(low - 1, high + 1)
     right.set_xticks(range(len(leads)), [str(size) for size in leads])
     plt.close(figure)
     return figure
 
 
 def explosion(kept: ArrayLike, forgotten: ArrayLike, starts: ArrayLike) -> Figure:
-    """Show the losses of two runs on a logarithmic axis; dashed lines where an epoch starts."""
+    """Show the losses of two runs up to 1e12, logarithmic; dashed lines where an epoch starts."""
     figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
     for start in np.asarray(starts):
         ax.axvline(start, color=color("muted"), linewidth=1, linestyle="--")
     ax.semilogy(np.asarray(forgotten), color=color("eval"), linewidth=1.4)
     ax.semilogy(np.asarray(kept), color=color("train"), linewidth=1.4)
-    ax.set(xlabel="step", ylabel="loss")
+    ax.set(xlabel="step", ylabel="loss", ylim=(1e-2, 1e12))
     plt.close(figure)
     return figure
 

@@ -120,6 +120,14 @@ def group_size(n, e, error=lambda values: values**-0.5):
     return p
 
 
+def wake(*kinds):
+    def only(model):
+        for module in model.modules():
+            module.training = type(module).__name__ in kinds
+
+    return only
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -154,6 +162,9 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
+    "13.1": lambda shape: np.prod(shape) == shape[1],
+    "13.2": lambda n, sizes: [m for m in sizes if 1 not in {m, n % m}],
+    "13.3": wake("Dropout", "Dropout2d", "AlphaDropout"),
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -192,6 +203,9 @@ WRONG = {  # the mistakes that the exercises are about
     "10.1": lambda first, second: combine(first, second, apart=False),
     "10.2": lambda sizes: np.array(sizes) / sum(sizes),
     "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
+    "13.1": lambda shape: shape[0] == 1,
+    "13.2": lambda n, sizes: [m for m in sizes if n % m != 1],
+    "13.3": wake("Dropout"),
 }
 
 

@@ -93,6 +93,14 @@ STEPS = {
         ("slider", "latency", "Home", {"latency": 0.5}),
         ("slider", "devices", "Home", {"devices": 2}),
     ],
+    "companions": [
+        ("button", "A: a 3", "Enter", lambda data: {"beside": data["draws"][0] ^ 1}),
+        ("button", "P: a 0", "Space", lambda data: {"beside": data["draws"][0] ^ 1 ^ 2**15}),
+        ("combobox", "mode", 1, {"mode": 1}),
+        ("combobox", "mode", 0, {"mode": 0}),
+        ("button", "Seven others", "Enter", lambda data: {"beside": data["draws"][0]}),
+        ("button", "Seven others", "Enter Space", lambda data: {"beside": data["draws"][2]}),
+    ],
 }
 
 
@@ -154,6 +162,15 @@ def said_by_devices(result, params):
     return numbers
 
 
+def said_by_companions(result, params):
+    numbers = [] if params["mode"] == 0 and result["others"] == 0 else [result["others"]]
+    for answer in ("now", "evaluation")[: 1 if params["mode"] or not result["others"] else 2]:
+        for place in ("first", "second"):
+            winner = result[answer][place]
+            numbers += [winner, result[answer]["scores"][winner]]
+    return numbers
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -165,6 +182,7 @@ SAID = {
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
     "devices": said_by_devices,
+    "companions": said_by_companions,
 }
 
 
