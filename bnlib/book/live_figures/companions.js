@@ -2,7 +2,7 @@
 figures.companions = {
   label: "The image and its companions",
   controls: [
-    { name: "beside", label: "companions of", kind: "images", images: (data) => data.images },
+    { name: "beside", label: "In the batch beside", kind: "images", images: (data) => data.images },
     { name: "mode", label: "mode", kind: "choice", options: () => ["training", "evaluation"] },
     { name: "feed", label: "Seven others", kind: "button",
       click: (model) => {
