@@ -681,7 +681,8 @@ def beside(
     """
     images = np.asarray(images)
     figure = plt.figure(figsize=(WIDTH, 3.3))
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 3.4))
+    grid = figure.add_gridspec(2, 1, height_ratios=(1, 3.4))
+    above, below = (figure.add_subfigure(grid[k]) for k in (0, 1))
     for k, ax in enumerate(above.subplots(1, max(len(images), 8))):
         ax.axis("off")
         if k < len(images):

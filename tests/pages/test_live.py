@@ -94,8 +94,8 @@ STEPS = {
         ("slider", "devices", "Home", {"devices": 2}),
     ],
     "companions": [
-        ("button", "A: a 3", "Enter", lambda data: {"beside": data["draws"][0] ^ 1}),
-        ("button", "P: a 0", "Space", lambda data: {"beside": data["draws"][0] ^ 1 ^ 2**15}),
+        ("button", "A: a 3", "Enter", {"beside": 0xF001}),
+        ("button", "P: a 0", "Space", {"beside": 0x7001}),
         ("combobox", "mode", 1, {"mode": 1}),
         ("combobox", "mode", 0, {"mode": 0}),
         ("button", "Seven others", "Enter", lambda data: {"beside": data["draws"][0]}),
