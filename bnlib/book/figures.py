@@ -645,7 +645,8 @@ def margins(image: ArrayLike, leads: dict[int, ArrayLike], fixed: float) -> Figu
     figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 2.6), figsize=(WIDTH, 2.4))
     left.imshow(np.asarray(image), vmin=0, vmax=1)
     left.axis("off")
-    right.axhspan(-100, 0, color=color("muted"), alpha=0.15, linewidth=0)
+    right.axhspan(-100, 0, color=color("muted"), alpha=0.2, linewidth=0)
+    right.axhline(0, color=color("muted"), linewidth=1)
     for k, lead in enumerate(leads.values()):
         beside = np.linspace(-0.32, 0.32, np.size(lead))
         right.plot(k + beside, np.asarray(lead), "o", color=color("train"), alpha=0.4,
