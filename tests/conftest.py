@@ -285,6 +285,23 @@ def truncation(data, threshold, statistics):
     return {**shown, "frame": frame, "both": [curve[k] for curve in data["distances"]]}
 
 
+def companions(data, beside, mode, feed=0):
+    z, gamma, beta, mean, var, bias = (
+        np.array(data[key], dtype=float) for key in ("z", "gamma", "beta", "mean", "var", "bias")
+    )
+    inside = [0, *(i + 1 for i in range(len(z) - 1) if beside & 2**i)]
+
+    def network(mean, var):
+        z_hat = functional.normalize(z[inside], mean, var, eps=data["eps"])[0]
+        scores = np.array(data["weight"]) @ np.maximum(gamma * z_hat + beta, 0) + bias
+        first, second = np.argsort(-scores, kind="stable")[:2]
+        return {"zHat": z_hat, "scores": scores, "first": first, "second": second}
+
+    evaluation = network(mean, var)
+    now = evaluation if mode else network(*functional.moments(z[inside]))
+    return {"now": now, "evaluation": evaluation, "others": len(inside) - 1}
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -303,4 +320,5 @@ def in_numpy():
         "gan": gan,
         "classes": classes,
         "truncation": truncation,
+        "companions": companions,
     }

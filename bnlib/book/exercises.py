@@ -600,3 +600,43 @@ def _momentum_for(momentum_for: Any) -> bool:
 )
 def _two_at_a_time(answer: Any) -> bool:
     return close(answer, [2, 8])
+
+
+@exercise("13.1", "which axes hold the values of one channel? Multiply the lengths of all of them.")
+def _raises(raises: Any) -> bool:
+    alone = [(1, 512), (1, 512, 1, 1), (1, 3, 1), (1, 1)]
+    enough = [(2, 512), (1, 64, 7, 7), (2, 512, 1, 1), (1, 3, 5), (1, 4, 1, 2), (8, 1)]
+    answers = [raises(shape) for shape in alone + enough]
+    return answers == [True] * len(alone) + [False] * len(enough)
+
+
+@exercise(
+    "13.2",
+    "how many images are left for the last batch? And think of the smallest batch size of all.",
+)
+def _safe_sizes(safe_sizes: Any) -> bool:
+    cases = {
+        (3969, (16, 32, 48, 64, 100, 128)): [48, 100],
+        (10, (10, 9, 5, 3, 2, 1)): [10, 5, 2],
+        (65, (128, 64, 1)): [128],
+    }
+    return all(list(safe_sizes(n, list(sizes))) == right for (n, sizes), right in cases.items())
+
+
+@exercise(
+    "13.3",
+    "look at every module of the model, not only at its children; and what have the names of all "
+    "dropout classes in common, or their base class?",
+)
+def _only_dropout(only_dropout: Any) -> bool:
+    from torch import nn
+
+    inner = nn.Sequential(nn.Dropout2d(), nn.BatchNorm2d(3), nn.AlphaDropout())
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), inner, nn.Dropout())
+    for start in (True, False):
+        model.train(start)
+        only_dropout(model)
+        awake = {type(module).__name__ for module in model.modules() if module.training}
+        if awake != {"Dropout", "Dropout2d", "AlphaDropout"}:
+            return False
+    return True

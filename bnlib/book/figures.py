@@ -799,3 +799,90 @@ def narrowing(
     right.legend()
     plt.close(figure)
     return figure
+
+
+def by_batch_size(sizes: ArrayLike, parts: dict[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
+    """Show the share right in training mode against the batch size, a panel for each model.
+
+    parts: a title, with the shares in training mode, (networks, sizes), and in evaluation mode,
+    (networks,), drawn as lines across.
+    """
+    sizes = np.asarray(sizes)
+    figure, axes = plt.subplots(1, len(parts), figsize=(WIDTH, 2.7), sharey=True)
+    for ax, (title, (training, evaluation)) in zip(np.atleast_1d(axes), parts.items(), strict=True):
+        for right in np.asarray(evaluation):
+            ax.axhline(100 * right, color=color("eval"), linewidth=1)
+        for shares in np.asarray(training):
+            ax.semilogx(sizes, 100 * shares, "o-", base=2, color=color("train"), alpha=0.7,
+                        markersize=4, linewidth=1)  # fmt: skip
+        ax.set(title=title, xlabel="images in a batch", ylim=(0, 100))
+        ax.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+        ax.minorticks_off()
+    np.atleast_1d(axes)[0].set_ylabel("% right")
+    plt.close(figure)
+    return figure
+
+
+def margins(image: ArrayLike, leads: dict[int, ArrayLike], fixed: float) -> Figure:
+    """Show an image beside its lead, in many batches of each size: the right score less the next.
+
+    leads: for each batch size, one lead per batch; fixed: the lead in evaluation mode, a line.
+    """
+    figure, (left, right) = plt.subplots(1, 2, width_ratios=(1, 2.6), figsize=(WIDTH, 2.4))
+    left.imshow(np.asarray(image), vmin=0, vmax=1)
+    left.axis("off")
+    right.axhspan(-100, 0, color=color("muted"), alpha=0.2, linewidth=0)
+    right.axhline(0, color=color("muted"), linewidth=1)
+    for k, lead in enumerate(leads.values()):
+        beside = np.linspace(-0.32, 0.32, np.size(lead))
+        right.plot(k + beside, np.asarray(lead), "o", color=color("train"), alpha=0.4,
+                   markersize=2.5, markeredgewidth=0)  # fmt: skip
+    right.axhline(fixed, color=color("eval"), linewidth=2)
+    low = min(np.min(lead) for lead in leads.values())
+    high = max(np.max(lead) for lead in leads.values())
+    right.set(xlabel="images in the batch", ylabel="lead of the right class")
+    right.set_ylim(low - 1, high + 1)
+    right.set_xticks(range(len(leads)), [str(size) for size in leads])
+    plt.close(figure)
+    return figure
+
+
+def explosion(kept: ArrayLike, forgotten: ArrayLike, starts: ArrayLike) -> Figure:
+    """Show the losses of two runs up to 1e12, logarithmic; dashed lines where an epoch starts."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    for start in np.asarray(starts):
+        ax.axvline(start, color=color("muted"), linewidth=1, linestyle="--")
+    ax.semilogy(np.asarray(forgotten), color=color("eval"), linewidth=1.4)
+    ax.semilogy(np.asarray(kept), color=color("train"), linewidth=1.4)
+    ax.set(xlabel="step", ylabel="loss", ylim=(1e-2, 1e12))
+    plt.close(figure)
+    return figure
+
+
+def beside(
+    images: ArrayLike, z_hat: tuple[ArrayLike, ArrayLike], scores: tuple[ArrayLike, ArrayLike]
+) -> Figure:
+    """Show a batch, the image in question first, and that image's z-hat and ten scores.
+
+    images: (m, 28, 28). z_hat, scores: beside these companions, and in evaluation mode (outlined).
+    """
+    images = np.asarray(images)
+    figure = plt.figure(figsize=(WIDTH, 3.3))
+    grid = figure.add_gridspec(2, 1, height_ratios=(1, 3.4))
+    above, below = (figure.add_subfigure(grid[k]) for k in (0, 1))
+    for k, ax in enumerate(above.subplots(1, max(len(images), 8))):
+        ax.axis("off")
+        if k < len(images):
+            ax.imshow(images[k], vmin=0, vmax=1)
+            ax.set_title("the image" if k == 0 else "", fontsize=8)
+    parts = ((z_hat, "z_hat", r"$\hat z$ of the image", "node"),
+             (scores, "train", "its scores", "class"))  # fmt: skip
+    for ax, ((now, fixed), thing, title, label) in zip(below.subplots(1, 2), parts, strict=True):
+        at = np.arange(np.size(now))
+        ax.bar(at, np.asarray(fixed), width=0.76, fill=False, edgecolor=color("muted"),
+               linestyle="--", linewidth=0.8)  # fmt: skip
+        ax.bar(at, np.asarray(now), width=0.6, color=color(thing), alpha=0.6)
+        ax.axhline(0, color=color("muted"), linewidth=0.8)
+        ax.set(title=title, xlabel=label, xticks=at[:: 1 if len(at) < 12 else 5])
+    plt.close(figure)
+    return figure

@@ -1,6 +1,6 @@
 // The frame of every live figure: controls, panels, one status line. No framework, no request.
 // A figure is an entry of `figures`, in a file of live_figures/:
-//   controls  list of {name, label, kind: "range" | "choice" | "button", ...}
+//   controls  list of {name, label, kind: "range" | "choice" | "button" | "images", ...}
 //   compute   (data, params) => result: pure numbers, tested against NumPy
 //   draw      (result, params) => list of panels made with `plot`
 //   status    (result, params) => one sentence with the numbers
@@ -157,6 +157,20 @@ function element(tag, properties = {}, ...children) {
   return node;
 }
 
+// A small image; `pixels` holds a digit for each, from 0, paper, to 9, ink, row by row.
+function thumbnail({ name, pixels }) {
+  const side = Math.sqrt(pixels.length);
+  const node = svg("svg", { viewBox: `0 0 ${side} ${side}`, role: "img", "aria-label": name });
+  for (let from = 0, to; from < pixels.length; from = to) {
+    const end = from - (from % side) + side;
+    for (to = from + 1; to < end && pixels[to] === pixels[from]; to += 1);
+    if (pixels[from] === "0") continue;
+    node.append(svg("rect", { x: from % side, y: Math.floor(from / side), width: to - from, height: 1.04,
+      fill: "currentColor", "fill-opacity": pixels[from] / 9 }));
+  }
+  return node;
+}
+
 function control(spec, model, changed) {
   const value = () => model.get(spec.name);
   const set = (v) => { model.set(spec.name, v); model.save_changes(); };
@@ -171,6 +185,20 @@ function control(spec, model, changed) {
     select.addEventListener("change", () => set(Number(select.value)));
     return { node: element("label", {}, element("span", { textContent: spec.label }), select),
       refresh() { select.value = value(); } };
+  }
+  if (spec.kind === "images") { // the first stands by itself; the others are in or out, a bit for each
+    const [own, ...others] = spec.images(model.get("data"));
+    const buttons = others.map((image, i) => {
+      const button = element("button", { type: "button" }, thumbnail(image));
+      button.setAttribute("aria-label", image.name);
+      button.addEventListener("click", () => set(value() ^ (1 << i)));
+      return button;
+    });
+    const caption = element("span", {}, spec.label, thumbnail(own));
+    return { node: element("div", { className: "images" }, caption, ...buttons),
+      refresh() {
+        buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(((value() >> i) & 1) === 1)));
+      } };
   }
   const number = element("b"); // the number beside the slider; the status line speaks for it
   number.setAttribute("aria-hidden", "true");

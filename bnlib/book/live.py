@@ -17,6 +17,7 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from PIL import Image
+from numpy.typing import ArrayLike
 
 from bnlib.book import figures, style
 
@@ -62,6 +63,17 @@ def fragment(name: str, data: dict[str, Any], **params: float) -> str:
         f"document.querySelectorAll('[data-live={name}]:not([data-mounted])').forEach(mount);"
         "</script>"
     )
+
+
+def pixels(image: ArrayLike) -> str:
+    """Return a small picture for a live figure: a digit per pixel, 0 for paper to 9 for ink.
+
+    image: shape (2n, 2n), values from 0 to 1; each digit is the mean of four of its pixels.
+    """
+    image = np.asarray(image)
+    half = len(image) // 2
+    coarse = image.reshape(half, 2, half, 2).mean(axis=(1, 3))
+    return "".join(f"{9 * value:.0f}" for value in coarse.ravel())
 
 
 def show(name: str, picture: Figure, data: dict[str, Any], **params: float) -> None:

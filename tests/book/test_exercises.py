@@ -162,6 +162,14 @@ def too_small(t):
     return np.sqrt(1 - 2 * t * density / math.erf(t / np.sqrt(2)))
 
 
+def wake(*kinds):
+    def only(model):
+        for module in model.modules():
+            module.training = type(module).__name__ in kinds
+
+    return only
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -208,6 +216,9 @@ RIGHT = {
     "19.1": too_small,
     "19.2": lambda decay: 1 - decay,
     "19.3": [2, 8],
+    "13.1": lambda shape: np.prod(shape) == shape[1],
+    "13.2": lambda n, sizes: [m for m in sizes if 1 not in {m, n % m}],
+    "13.3": wake("Dropout", "Dropout2d", "AlphaDropout"),
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -258,6 +269,9 @@ WRONG = {  # the mistakes that the exercises are about
     "19.1": lambda t: too_small(t) ** 2,
     "19.2": lambda decay: decay,
     "19.3": [2, 6],
+    "13.1": lambda shape: shape[0] == 1,
+    "13.2": lambda n, sizes: [m for m in sizes if n % m != 1],
+    "13.3": wake("Dropout"),
 }
 
 

@@ -213,6 +213,13 @@ def draw_truncation(rng):
     }
 
 
+def draw_companions(rng):
+    shapes = {"z": (9, 5), "gamma": 5, "beta": 5, "mean": 5, "weight": (4, 5), "bias": 4}
+    data = {name: rng.normal(1, 2, shape).round(3).tolist() for name, shape in shapes.items()}
+    data |= {"var": rng.gamma(2, 2, 5).tolist(), "eps": 1e-5}
+    return data, {"beside": int(rng.integers(256)), "mode": int(rng.integers(2))}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -228,6 +235,7 @@ DRAW = {
     "gan": draw_gan,
     "classes": draw_classes,
     "truncation": draw_truncation,
+    "companions": draw_companions,
 }
 
 
@@ -301,6 +309,12 @@ class TestFragment:
         for light, dark in style.COLORS.values():
             assert f": {light};" in self.fragment
             assert f": {dark};" in self.fragment
+
+
+def test_pixels_are_digits_of_the_mean_of_four():
+    image = np.zeros((4, 4))
+    image[0, 0], image[2:, 2:] = 1, 1
+    assert live.pixels(image) == "2009"
 
 
 def test_show_displays_the_picture_and_then_the_figure(monkeypatch):

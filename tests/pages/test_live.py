@@ -119,6 +119,14 @@ STEPS = {
         ("slider", "threshold", "End ArrowLeft", {"threshold": 2.25}),
         ("combobox", "statistics", 1, {"statistics": 1}),
     ],
+    "companions": [
+        ("button", "A: a 3", "Enter", {"beside": 0xF001}),
+        ("button", "P: a 0", "Space", {"beside": 0x7001}),
+        ("combobox", "mode", 1, {"mode": 1}),
+        ("combobox", "mode", 0, {"mode": 0}),
+        ("button", "Seven others", "Enter", lambda data: {"beside": data["draws"][0]}),
+        ("button", "Seven others", "Enter Space", lambda data: {"beside": data["draws"][2]}),
+    ],
 }
 
 
@@ -204,6 +212,15 @@ def said_by_truncation(result, params):
     return [params["threshold"], *result["both"]]
 
 
+def said_by_companions(result, params):
+    numbers = [] if params["mode"] == 0 and result["others"] == 0 else [result["others"]]
+    for answer in ("now", "evaluation")[: 1 if params["mode"] or not result["others"] else 2]:
+        for place in ("first", "second"):
+            winner = result[answer][place]
+            numbers += [winner, result[answer]["scores"][winner]]
+    return numbers
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -219,6 +236,7 @@ SAID = {
     "gan": said_by_gan,
     "classes": said_by_classes,
     "truncation": said_by_truncation,
+    "companions": said_by_companions,
 }
 
 
