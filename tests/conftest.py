@@ -230,6 +230,35 @@ def devices(data, devices, channels, batch, bandwidth, latency):
     }
 
 
+def drift(data, momentum, batches, drift):
+    truth = data["first"] + drift * np.arange(batches)
+    means = truth + np.array(data["noise"][:batches])
+    running = [0.0]
+    for mean in means:
+        running.append((1 - momentum) * running[-1] + momentum * mean)
+
+    def parts(share):
+        weights = share * (1 - share) ** np.arange(batches)  # the newest batch first
+        left = (1 - share) ** batches
+        return {
+            "left": left,
+            "start": -left * truth[-1],
+            "lag": weights @ (truth[::-1] - truth[-1]),
+            "noise": np.sqrt((weights**2).sum() / data["m"]),
+        }
+
+    at = np.logspace(-2.5, 0, 51)
+    each = [parts(share) for share in at]
+    stale = np.array([abs(p["start"] + p["lag"]) for p in each])
+    noises = np.array([p["noise"] for p in each])
+    return {
+        **{"truth": truth, "means": means, "running": running, "off": running[-1] - truth[-1]},
+        **parts(momentum),
+        **{"at": at, "stale": stale, "noises": noises, "all": np.hypot(stale, noises)},
+        "best": at[np.argmin(np.hypot(stale, noises))],
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -244,4 +273,5 @@ def in_numpy():
         "roofline": roofline,
         "momentum": momentum,
         "devices": devices,
+        "drift": drift,
     }

@@ -452,3 +452,43 @@ def _fair_shares(factors: Any) -> bool:
 def _group_size(group_size: Any) -> bool:
     expected = {(8, 0.125): 8, (32, 0.2): 1, (2, 0.1): 50, (4, 0.3): 3, (2, 0.05): 200}
     return all(close(group_size(*case), p) for case, p in expected.items())
+
+
+@exercise(
+    "12.1",
+    "how much does the start weigh after so many batches, and what was it, for each of the two? "
+    "Subtract it; then the weights that are left no longer add up to 1.",
+)
+def _without_start(without_start: Any) -> bool:
+    for momentum, batches in ((0.1, 5), (0.01, 20), (0.5, 1)):
+        weights = momentum * (1 - momentum) ** np.arange(batches)[::-1]
+        mean, var = weights @ sample((batches, 3)), weights @ sample((batches, 3), 1) ** 2
+        found = without_start(mean, var + (1 - momentum) ** batches, momentum, batches)
+        if not all(close(f, v / weights.sum()) for f, v in zip(found, (mean, var), strict=True)):
+            return False
+    return True
+
+
+@exercise(
+    "12.2",
+    "one large batch takes the old average down to 1 - momentum of it; as many small ones together "
+    "must do the same.",
+)
+def _same_horizon(same_horizon: Any) -> bool:
+    cases = ((0.1, 64, 32), (0.1, 32, 256), (0.01, 100, 30), (0.3, 7, 7))
+    return all(close(1 - same_horizon(a, n, m), (1 - a) ** (m / n)) for a, n, m in cases)
+
+
+@exercise(
+    "12.3",
+    "the two rules under the table answer the first two; and what does a batch of one lack that "
+    "only one way of normalizing needs?",
+)
+def _foretell(foretell: Any) -> bool:
+    flags = (True, False)
+    for training, track, buffers in ((a, b, c) for a in flags for b in flags for c in flags):
+        uses_batch = training or not buffers
+        expected = (uses_batch, training and track and buffers, uses_batch)
+        if tuple(bool(answer) for answer in foretell(training, track, buffers)) != expected:
+            return False
+    return True

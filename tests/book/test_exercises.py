@@ -120,6 +120,15 @@ def group_size(n, e, error=lambda values: values**-0.5):
     return p
 
 
+def without_start(mean, var, momentum, batches, start=1):
+    rest = 1 - (1 - momentum) ** batches
+    return mean / rest, (var - start * (1 - rest)) / rest
+
+
+def foretell(training, track, buffers):
+    return training or not buffers, training and track and buffers, training or not buffers
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -154,6 +163,9 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
+    "12.1": without_start,
+    "12.2": lambda momentum, old, new: 1 - (1 - momentum) ** (new / old),
+    "12.3": foretell,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -192,6 +204,9 @@ WRONG = {  # the mistakes that the exercises are about
     "10.1": lambda first, second: combine(first, second, apart=False),
     "10.2": lambda sizes: np.array(sizes) / sum(sizes),
     "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
+    "12.1": lambda *answer: without_start(*answer, start=0),
+    "12.2": lambda momentum, old, new: momentum * new / old,
+    "12.3": lambda training, track, buffers: foretell(training, track, True),
 }
 
 

@@ -173,6 +173,12 @@ def draw_devices(rng):
     return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
+def draw_drift(rng):
+    data = {"noise": rng.normal(0, 0.125, 200).tolist(), "first": rng.uniform(0.5, 2), "m": 64}
+    params = {"momentum": 10 ** rng.uniform(-2.5, 0), "drift": rng.uniform(0, 0.05)}
+    return data, {**params, "batches": int(rng.integers(1, 201))}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -184,6 +190,7 @@ DRAW = {
     "roofline": draw_roofline,
     "momentum": draw_momentum,
     "devices": draw_devices,
+    "drift": draw_drift,
 }
 
 

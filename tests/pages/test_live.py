@@ -93,6 +93,14 @@ STEPS = {
         ("slider", "latency", "Home", {"latency": 0.5}),
         ("slider", "devices", "Home", {"devices": 2}),
     ],
+    "drift": [
+        ("slider", "momentum", "Home ArrowRight", {"momentum": 0.00355}),
+        ("slider", "batches k", "End ArrowLeft", {"batches": 199}),
+        ("slider", "drift per batch", "End", {"drift": 0.05}),
+        ("slider", "momentum", "End", {"momentum": 1.0}),
+        ("slider", "drift per batch", "Home ArrowRight", {"drift": 0.0025}),
+        ("slider", "batches k", "Home", {"batches": 1}),
+    ],
 }
 
 
@@ -154,6 +162,11 @@ def said_by_devices(result, params):
     return numbers
 
 
+def said_by_drift(result, params):
+    numbers = [params["batches"], params["momentum"], 100 * result["left"]]
+    return [*numbers, *(result[key] for key in ("start", "lag", "noise", "off", "best"))]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -165,6 +178,7 @@ SAID = {
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
     "devices": said_by_devices,
+    "drift": said_by_drift,
 }
 
 
