@@ -259,6 +259,17 @@ def drift(data, momentum, batches, drift):
     }
 
 
+def frozen(data, scale, shift, eps):
+    moved = scale * column(data["z"]) + shift
+    stored = np.array([data["mean"]]), np.array([data["var"]])
+
+    def through(mean, var):
+        y = data["gamma"] * functional.normalize(moved, mean, var, eps=eps)[:, 0] + data["beta"]
+        return {"y": y, "mean": y.mean(), "std": y.std(), "passed": np.mean(y > 0)}
+
+    return {"training": through(*functional.moments(moved)), "frozen": through(*stored)}
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -274,4 +285,5 @@ def in_numpy():
         "momentum": momentum,
         "devices": devices,
         "drift": drift,
+        "frozen": frozen,
     }

@@ -492,3 +492,49 @@ def _foretell(foretell: Any) -> bool:
         if tuple(bool(answer) for answer in foretell(training, track, buffers)) != expected:
             return False
     return True
+
+
+@exercise(
+    "14.1",
+    "a gradient moves one pair, a forward pass the other; which switch stops which? And something "
+    "counts.",
+)
+def _what_moves(what_moves: Any) -> bool:
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    flags = (True, False)
+    for grad, training, track in ((a, b, c) for a in flags for b in flags for c in flags):
+        expected = ({"weight", "bias"} if grad else set()) | (
+            buffers if training and track else set()
+        )
+        if set(what_moves(grad, training, track)) != expected:
+            return False
+    return True
+
+
+@exercise(
+    "14.2",
+    "write y with the bias and y without it, in evaluation mode; what is missing in the second, "
+    "and which parameter adds the same number for every example?",
+)
+def _beta_without_bias(beta_without_bias: Any) -> bool:
+    z, c = sample((5, 3)), sample((1, 3), 1)[0]
+    mean, var, eps = sample((1, 3), 2)[0], sample((1, 3), 3)[0] ** 2, 0.1
+    gamma, beta = sample((1, 3), 4)[0], sample((1, 3), 5)[0]
+    expected = gamma * (z + c - mean) / np.sqrt(var + eps) + beta
+    new = np.asarray(beta_without_bias(c, mean, var, gamma, beta, eps), dtype=np.float64)
+    return close(gamma * (z - mean) / np.sqrt(var + eps) + new, expected)
+
+
+@exercise(
+    "14.3",
+    "the mean scales as z does. The whole root has to scale as z does too, and under it stands "
+    "epsilon, as large as before.",
+)
+def _follow(follow: Any) -> bool:
+    z, mean, var = sample((5, 3)), sample((1, 3), 2)[0], sample((1, 3), 3)[0] ** 2
+    for factor, eps in ((3.0, 1e-5), (0.5, 0.1), (10.0, 0.8)):
+        new_mean, new_var = follow(mean, var, eps, factor)
+        found = (factor * z - new_mean) / np.sqrt(np.asarray(new_var) + eps)
+        if not close(found, (z - mean) / np.sqrt(var + eps)):
+            return False
+    return True

@@ -685,3 +685,20 @@ def tested(rights: dict[float, ArrayLike]) -> Figure:
     ax.legend(loc="lower right")
     plt.close(figure)
     return figure
+
+
+def through_both(z: ArrayLike, mean: float, var: float, gamma: float, beta: float) -> Figure:
+    """Show what a batch norm makes of a node's values, shape (m,), in training and when frozen.
+
+    mean, var: its running statistics; gamma, beta: its scale and shift.
+    """
+    z = np.asarray(z)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), sharex=True, sharey=True)
+    looks = (("in training mode", "train", z.mean(), z.var()), ("frozen", "eval", mean, var))
+    for ax, (title, thing, center, variance) in zip(axes, looks, strict=True):
+        y = gamma * (z - center) / np.sqrt(variance + 1e-5) + beta
+        histogram(ax, y, thing, (-6, 6), band=False)
+        ax.axvline(0, color=color("muted"), linewidth=0.8, linestyle="--")
+        ax.set(title=title, xlabel="$y$")
+    plt.close(figure)
+    return figure

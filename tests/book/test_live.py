@@ -179,6 +179,13 @@ def draw_drift(rng):
     return data, {**params, "batches": int(rng.integers(1, 201))}
 
 
+def draw_frozen(rng):
+    data = {"z": rng.normal(1, 2, 64).tolist(), "mean": rng.normal(), "var": rng.gamma(2, 1)}
+    params = {"scale": 2 ** rng.uniform(-2, 2), "shift": rng.uniform(-4, 4)}
+    data |= {"gamma": rng.uniform(0.5, 2), "beta": rng.normal()}
+    return data, {**params, "eps": 10 ** rng.uniform(-5, 0)}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -191,6 +198,7 @@ DRAW = {
     "momentum": draw_momentum,
     "devices": draw_devices,
     "drift": draw_drift,
+    "frozen": draw_frozen,
 }
 
 

@@ -101,6 +101,13 @@ STEPS = {
         ("slider", "drift per batch", "Home ArrowRight", {"drift": 0.0025}),
         ("slider", "batches k", "Home", {"batches": 1}),
     ],
+    "frozen": [
+        ("slider", "multiply z by", "End", {"scale": 4.0}),
+        ("slider", "then add", "Home ArrowRight", {"shift": -3.9}),
+        ("slider", "epsilon", "End ArrowLeft", {"eps": 0.316}),
+        ("slider", "multiply z by", "Home ArrowRight", {"scale": 0.268}),
+        ("slider", "then add", "End", {"shift": 4.0}),
+    ],
 }
 
 
@@ -167,6 +174,14 @@ def said_by_drift(result, params):
     return [*numbers, *(result[key] for key in ("start", "lag", "noise", "off", "best"))]
 
 
+def said_by_frozen(result, params):
+    return [
+        number
+        for part in (result["training"], result["frozen"])
+        for number in (part["mean"], part["std"], 100 * part["passed"])
+    ]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -179,6 +194,7 @@ SAID = {
     "momentum": said_by_momentum,
     "devices": said_by_devices,
     "drift": said_by_drift,
+    "frozen": said_by_frozen,
 }
 
 
