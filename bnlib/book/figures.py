@@ -682,7 +682,7 @@ def tested(rights: dict[float, ArrayLike]) -> Figure:
         steps = np.arange(1, len(np.asarray(right)) + 1)
         ax.plot(steps, right, color=color(thing), label=f"momentum {momentum}")
     ax.set(xlabel="batches of 16", ylabel="right in evaluation")
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower left")
     plt.close(figure)
     return figure
 
