@@ -302,6 +302,46 @@ def companions(data, beside, mode, feed=0):
     return {"now": now, "evaluation": evaluation, "others": len(inside) - 1}
 
 
+def drift(data, momentum, batches, drift):
+    truth = data["first"] + drift * np.arange(batches)
+    means = truth + np.array(data["noise"][:batches])
+    running = [0.0]
+    for mean in means:
+        running.append((1 - momentum) * running[-1] + momentum * mean)
+
+    def parts(share):
+        weights = share * (1 - share) ** np.arange(batches)  # the newest batch first
+        left = (1 - share) ** batches
+        return {
+            "left": left,
+            "start": -left * truth[-1],
+            "lag": weights @ (truth[::-1] - truth[-1]),
+            "noise": np.sqrt((weights**2).sum() / data["m"]),
+        }
+
+    at = np.logspace(-2.5, 0, 51)
+    each = [parts(share) for share in at]
+    stale = np.array([abs(p["start"] + p["lag"]) for p in each])
+    noises = np.array([p["noise"] for p in each])
+    return {
+        **{"truth": truth, "means": means, "running": running, "off": running[-1] - truth[-1]},
+        **parts(momentum),
+        **{"at": at, "stale": stale, "noises": noises, "all": np.hypot(stale, noises)},
+        "best": at[np.argmin(np.hypot(stale, noises))],
+    }
+
+
+def frozen(data, scale, shift, eps):
+    moved = scale * column(data["z"]) + shift
+    stored = np.array([data["mean"]]), np.array([data["var"]])
+
+    def through(mean, var):
+        y = data["gamma"] * functional.normalize(moved, mean, var, eps=eps)[:, 0] + data["beta"]
+        return {"y": y, "mean": y.mean(), "std": y.std(), "passed": np.mean(y > 0)}
+
+    return {"training": through(*functional.moments(moved)), "frozen": through(*stored)}
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -321,4 +361,6 @@ def in_numpy():
         "classes": classes,
         "truncation": truncation,
         "companions": companions,
+        "drift": drift,
+        "frozen": frozen,
     }

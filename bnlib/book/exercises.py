@@ -640,3 +640,89 @@ def _only_dropout(only_dropout: Any) -> bool:
         if awake != {"Dropout", "Dropout2d", "AlphaDropout"}:
             return False
     return True
+
+
+@exercise(
+    "12.1",
+    "how much does the start weigh after so many batches, and what was it, for each of the two? "
+    "Subtract it; then the weights that are left no longer add up to 1.",
+)
+def _without_start(without_start: Any) -> bool:
+    for momentum, batches in ((0.1, 5), (0.01, 20), (0.5, 1)):
+        weights = momentum * (1 - momentum) ** np.arange(batches)[::-1]
+        mean, var = weights @ sample((batches, 3)), weights @ sample((batches, 3), 1) ** 2
+        found = without_start(mean, var + (1 - momentum) ** batches, momentum, batches)
+        if not all(close(f, v / weights.sum()) for f, v in zip(found, (mean, var), strict=True)):
+            return False
+    return True
+
+
+@exercise(
+    "12.2",
+    "one large batch takes the old average down to 1 - momentum of it; as many small ones together "
+    "must do the same.",
+)
+def _same_horizon(same_horizon: Any) -> bool:
+    cases = ((0.1, 64, 32), (0.1, 32, 256), (0.01, 100, 30), (0.3, 7, 7))
+    return all(close(1 - same_horizon(a, n, m), (1 - a) ** (m / n)) for a, n, m in cases)
+
+
+@exercise(
+    "12.3",
+    "the two rules under the table answer the first two; and what does a batch of one lack that "
+    "only one way of normalizing needs?",
+)
+def _foretell(foretell: Any) -> bool:
+    flags = (True, False)
+    for training, track, buffers in ((a, b, c) for a in flags for b in flags for c in flags):
+        uses_batch = training or not buffers
+        expected = (uses_batch, training and track and buffers, uses_batch)
+        if tuple(bool(answer) for answer in foretell(training, track, buffers)) != expected:
+            return False
+    return True
+
+
+@exercise(
+    "14.1",
+    "a gradient moves one pair, a forward pass the other; which switch stops which? And something "
+    "counts.",
+)
+def _what_moves(what_moves: Any) -> bool:
+    buffers = {"running_mean", "running_var", "num_batches_tracked"}
+    flags = (True, False)
+    for grad, training, track in ((a, b, c) for a in flags for b in flags for c in flags):
+        expected = ({"weight", "bias"} if grad else set()) | (
+            buffers if training and track else set()
+        )
+        if set(what_moves(grad, training, track)) != expected:
+            return False
+    return True
+
+
+@exercise(
+    "14.2",
+    "write y with the bias and y without it, in evaluation mode; what is missing in the second, "
+    "and which parameter adds the same number for every example?",
+)
+def _beta_without_bias(beta_without_bias: Any) -> bool:
+    z, c = sample((5, 3)), sample((1, 3), 1)[0]
+    mean, var, eps = sample((1, 3), 2)[0], sample((1, 3), 3)[0] ** 2, 0.1
+    gamma, beta = sample((1, 3), 4)[0], sample((1, 3), 5)[0]
+    expected = gamma * (z + c - mean) / np.sqrt(var + eps) + beta
+    new = np.asarray(beta_without_bias(c, mean, var, gamma, beta, eps), dtype=np.float64)
+    return close(gamma * (z - mean) / np.sqrt(var + eps) + new, expected)
+
+
+@exercise(
+    "14.3",
+    "the mean scales as z does. The whole root has to scale as z does too, and under it stands "
+    "epsilon, as large as before.",
+)
+def _follow(follow: Any) -> bool:
+    z, mean, var = sample((5, 3)), sample((1, 3), 2)[0], sample((1, 3), 3)[0] ** 2
+    for factor, eps in ((3.0, 1e-5), (0.5, 0.1), (10.0, 0.8)):
+        new_mean, new_var = follow(mean, var, eps, factor)
+        found = (factor * z - new_mean) / np.sqrt(np.asarray(new_var) + eps)
+        if not close(found, (z - mean) / np.sqrt(var + eps)):
+            return False
+    return True

@@ -886,3 +886,92 @@ def beside(
         ax.set(title=title, xlabel=label, xticks=at[:: 1 if len(at) < 12 else 5])
     plt.close(figure)
     return figure
+
+
+def parts_of_error(shares: ArrayLike, parts: dict[int, ArrayLike]) -> Figure:
+    """Show what the error of a running mean consists of, for each momentum.
+
+    shares: momenta, PyTorch's. parts: by the number of batches seen, an array (4, shares): what is
+    left of the start, the lag, the noise, and all three together, in standard deviations.
+    """
+    figure, axes = plt.subplots(1, len(parts), figsize=(WIDTH, 2.8), sharey=True)
+    looks = (("start", "muted", ":"), ("lag", "muted", "--"), ("noise", "train", "-"),
+             ("all", "eval", "-"))  # fmt: skip
+    for ax, (batches, curves) in zip(axes, parts.items(), strict=True):
+        for (name, thing, dash), curve in zip(looks, np.asarray(curves), strict=True):
+            ax.semilogx(shares, curve, dash, color=color(thing), label=name)
+        ax.set(title=f"after {batches} batches", xlabel="momentum", ylim=(0, 0.5))
+        ax.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
+    axes[0].set_ylabel(r"error, in $\sigma$")
+    axes[-1].legend(loc="upper right")
+    plt.close(figure)
+    return figure
+
+
+def drift(truth: ArrayLike, means: ArrayLike, running: ArrayLike, curves: ArrayLike,
+          momentum: float) -> Figure:  # fmt: skip
+    """Show batch means that drift, shape (k,), the running mean, and its error by momentum.
+
+    running: shape (k + 1,), from 0 on. curves: (4, momenta): the momenta, then the parts of the
+    error that are out of date, noise, and both.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.6))
+    steps = np.arange(1, len(np.asarray(means)) + 1)
+    left.plot(steps, truth, "--", color=color("muted"))
+    left.plot(steps, means, "o", color=color("train"), alpha=0.6, markersize=3, markeredgewidth=0)
+    left.plot(running, color=color("eval"))
+    left.set(title="batch means, running mean", xlabel="batch", ylim=(0, None))
+    at, stale, noise, both = np.asarray(curves)
+    right.semilogx(at, stale, "--", color=color("muted"))
+    right.semilogx(at, noise, color=color("train"))
+    right.semilogx(at, both, color=color("eval"))
+    right.axvline(momentum, color=color("ink"), linewidth=1)
+    right.set(title="error (dashed: out of date)", xlabel="momentum", ylim=(0, 1))
+    right.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
+    plt.close(figure)
+    return figure
+
+
+def behind(exact: ArrayLike, trails: dict[float, ArrayLike]) -> Figure:
+    """Show one node's exact mean at every step, and the running means that come after it.
+
+    trails: by momentum, from the start at 0 on.
+    """
+    figure, ax = plt.subplots()
+    ax.plot(np.asarray(exact), color=color("ink"), label="exact")
+    for (momentum, trail), dash in zip(trails.items(), ("-", "--"), strict=True):
+        label = f"momentum {momentum}"
+        ax.plot(np.asarray(trail), dash, color=color("eval"), label=label)
+    ax.set(xlabel="step", ylabel="mean of the node")
+    ax.legend()
+    plt.close(figure)
+    return figure
+
+
+def tested(rights: dict[float, ArrayLike]) -> Figure:
+    """Show the share of right answers in evaluation mode after each batch, for two momenta."""
+    figure, ax = plt.subplots()
+    for (momentum, right), thing in zip(rights.items(), ("eval", "muted"), strict=True):
+        steps = np.arange(1, len(np.asarray(right)) + 1)
+        ax.plot(steps, right, color=color(thing), label=f"momentum {momentum}")
+    ax.set(xlabel="batches of 16", ylabel="right in evaluation")
+    ax.legend(loc="lower left")
+    plt.close(figure)
+    return figure
+
+
+def through_both(z: ArrayLike, mean: float, var: float, gamma: float, beta: float) -> Figure:
+    """Show what a batch norm makes of a node's values, shape (m,), in training and when frozen.
+
+    mean, var: its running statistics; gamma, beta: its scale and shift.
+    """
+    z = np.asarray(z)
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.6), sharex=True, sharey=True)
+    looks = (("in training mode", "train", z.mean(), z.var()), ("frozen", "eval", mean, var))
+    for ax, (title, thing, center, variance) in zip(axes, looks, strict=True):
+        y = gamma * (z - center) / np.sqrt(variance + 1e-5) + beta
+        histogram(ax, y, thing, (-6, 6), band=False)
+        ax.axvline(0, color=color("muted"), linewidth=0.8, linestyle="--")
+        ax.set(title=title, xlabel="$y$")
+    plt.close(figure)
+    return figure

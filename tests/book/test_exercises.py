@@ -170,6 +170,24 @@ def wake(*kinds):
     return only
 
 
+def without_start(mean, var, momentum, batches, start=1):
+    rest = 1 - (1 - momentum) ** batches
+    return mean / rest, (var - start * (1 - rest)) / rest
+
+
+def foretell(training, track, buffers):
+    return training or not buffers, training and track and buffers, training or not buffers
+
+
+def what_moves(grad, training, track):
+    names = ["weight", "bias"] * grad
+    return names + ["running_mean", "running_var", "num_batches_tracked"] * (training and track)
+
+
+def follow(mean, var, eps, factor):
+    return factor * mean, factor**2 * var + (factor**2 - 1) * eps
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -219,6 +237,12 @@ RIGHT = {
     "13.1": lambda shape: np.prod(shape) == shape[1],
     "13.2": lambda n, sizes: [m for m in sizes if 1 not in {m, n % m}],
     "13.3": wake("Dropout", "Dropout2d", "AlphaDropout"),
+    "12.1": without_start,
+    "12.2": lambda momentum, old, new: 1 - (1 - momentum) ** (new / old),
+    "12.3": foretell,
+    "14.1": what_moves,
+    "14.2": lambda c, mean, var, gamma, beta, eps: beta + gamma * c / np.sqrt(var + eps),
+    "14.3": follow,
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -272,6 +296,12 @@ WRONG = {  # the mistakes that the exercises are about
     "13.1": lambda shape: shape[0] == 1,
     "13.2": lambda n, sizes: [m for m in sizes if n % m != 1],
     "13.3": wake("Dropout"),
+    "12.1": lambda *answer: without_start(*answer, start=0),
+    "12.2": lambda momentum, old, new: momentum * new / old,
+    "12.3": lambda training, track, buffers: foretell(training, track, True),
+    "14.1": lambda grad, training, track: what_moves(grad, grad and training, track),
+    "14.2": lambda c, mean, var, gamma, beta, eps: beta + c,
+    "14.3": lambda mean, var, eps, factor: follow(mean, var, 0, factor),
 }
 
 

@@ -220,6 +220,19 @@ def draw_companions(rng):
     return data, {"beside": int(rng.integers(256)), "mode": int(rng.integers(2))}
 
 
+def draw_drift(rng):
+    data = {"noise": rng.normal(0, 0.125, 200).tolist(), "first": rng.uniform(0.5, 2), "m": 64}
+    params = {"momentum": 10 ** rng.uniform(-2.5, 0), "drift": rng.uniform(0, 0.05)}
+    return data, {**params, "batches": int(rng.integers(1, 201))}
+
+
+def draw_frozen(rng):
+    data = {"z": rng.normal(1, 2, 64).tolist(), "mean": rng.normal(), "var": rng.gamma(2, 1)}
+    params = {"scale": 2 ** rng.uniform(-2, 2), "shift": rng.uniform(-4, 4)}
+    data |= {"gamma": rng.uniform(0.5, 2), "beta": rng.normal()}
+    return data, {**params, "eps": 10 ** rng.uniform(-5, 0)}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -236,6 +249,8 @@ DRAW = {
     "classes": draw_classes,
     "truncation": draw_truncation,
     "companions": draw_companions,
+    "drift": draw_drift,
+    "frozen": draw_frozen,
 }
 
 

@@ -127,6 +127,21 @@ STEPS = {
         ("button", "Seven others", "Enter", lambda data: {"beside": data["draws"][0]}),
         ("button", "Seven others", "Enter Space", lambda data: {"beside": data["draws"][2]}),
     ],
+    "drift": [
+        ("slider", "momentum", "Home ArrowRight", {"momentum": 0.00355}),
+        ("slider", "batches k", "End ArrowLeft", {"batches": 199}),
+        ("slider", "drift per batch", "End", {"drift": 0.05}),
+        ("slider", "momentum", "End", {"momentum": 1.0}),
+        ("slider", "drift per batch", "Home ArrowRight", {"drift": 0.0025}),
+        ("slider", "batches k", "Home", {"batches": 1}),
+    ],
+    "frozen": [
+        ("slider", "multiply z by", "End", {"scale": 4.0}),
+        ("slider", "then add", "Home ArrowRight", {"shift": -3.9}),
+        ("slider", "epsilon", "End ArrowLeft", {"eps": 0.316}),
+        ("slider", "multiply z by", "Home ArrowRight", {"scale": 0.268}),
+        ("slider", "then add", "End", {"shift": 4.0}),
+    ],
 }
 
 
@@ -221,6 +236,19 @@ def said_by_companions(result, params):
     return numbers
 
 
+def said_by_drift(result, params):
+    numbers = [params["batches"], params["momentum"], 100 * result["left"]]
+    return [*numbers, *(result[key] for key in ("start", "lag", "noise", "off", "best"))]
+
+
+def said_by_frozen(result, params):
+    return [
+        number
+        for part in (result["training"], result["frozen"])
+        for number in (part["mean"], part["std"], 100 * part["passed"])
+    ]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -237,6 +265,8 @@ SAID = {
     "classes": said_by_classes,
     "truncation": said_by_truncation,
     "companions": said_by_companions,
+    "drift": said_by_drift,
+    "frozen": said_by_frozen,
 }
 
 
