@@ -3,6 +3,8 @@
 Each function returns a matplotlib figure in the book's look; call `style.use` first.
 """
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import colors as mpl_colors
@@ -611,5 +613,36 @@ def talk(devices: ArrayLike, curves: ArrayLike, at: int, bars: ArrayLike) -> Fig
     right.set(title="microseconds a step")
     names = ["conv.", "norm", "bytes", "waits:\nring", "waits:\ndoubling"]
     right.set_xticks(range(5), names, fontsize=7)
+    plt.close(figure)
+    return figure
+
+
+def digit_grid(
+    images: ArrayLike, columns: int = 10, rows: Sequence[str] = (), tops: Sequence[str] = ()
+) -> Figure:
+    """Show images as tiles of one sheet: the style of the chapters on GANs.
+
+    images: shape (n, 28, 28) or (n, 1, 28, 28), arrays or tensors, -1 for paper and 1 for ink, row
+    by row. rows: a name at the left of each row; tops: one above each column. The figure is as wide
+    as the page allows, whatever the number of columns.
+    """
+    tiles = np.asarray(images, dtype=float).reshape(-1, 28, 28)
+    lines, gap = -(-len(tiles) // columns), 2
+    sheet = np.full((lines * (28 + gap) - gap, columns * (28 + gap) - gap), np.nan)
+    for i, tile in enumerate(tiles):
+        y, x = (28 + gap) * np.array(divmod(i, columns))
+        sheet[y : y + 28, x : x + 28] = tile
+    height, width = sheet.shape
+    left = 0.09 * max((len(name) for name in rows), default=0)  # inches for the names
+    figure, ax = plt.subplots(
+        figsize=(WIDTH, (WIDTH - left) * height / width + (0.25 if tops else 0.05))
+    )
+    ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")
+    middles = np.arange(max(lines, columns)) * (28 + gap) + 13.5
+    ax.set_yticks(middles[: len(rows)], rows)
+    ax.set_xticks(middles[: len(tops)], tops)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
+    ax.set_facecolor("#e4e4e4")
+    ax.spines[:].set_visible(False)
     plt.close(figure)
     return figure
