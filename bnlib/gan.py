@@ -76,6 +76,8 @@ class Critic(nn.Module):
         self.norm = norm(2 * channels)
         self.score = nn.Linear(2 * channels * 7 * 7, 1)
         self.embedding = None if classes is None else nn.Embedding(classes, self.score.in_features)
+        if self.embedding is not None:
+            nn.init.zeros_(self.embedding.weight)  # at first every class is judged alike
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return a score for each image, shape (N,): above 0 says real.
