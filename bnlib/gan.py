@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, leaky_relu, relu, softplus
 
 from bnlib.scratch.training import progress
+from bnlib.statistics import evaluating
 
 Norm = Callable[[int], nn.Module]
 
@@ -175,14 +176,10 @@ def train(
 def sample(generator: nn.Module, z: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return the generator's images for latent points, in evaluation mode, without gradients.
 
-    Arguments: those of `Generator.forward`. Afterwards the generator is in the mode it was in.
+    Arguments: those of `Generator.forward`. Afterwards every module is in the mode it was in.
     """
-    training = generator.training
-    generator.eval()
-    try:
+    with evaluating(generator):
         images: Tensor = generator(z) if labels is None else generator(z, labels)
-    finally:
-        generator.train(training)
     return images
 
 

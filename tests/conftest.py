@@ -230,6 +230,17 @@ def devices(data, devices, channels, batch, bandwidth, latency):
     }
 
 
+def gan(data, step):
+    frame = data["steps"].index(step)
+    shown = {key: data[key] for key in ("sheet", "steps", "distances", "real")}
+    return {
+        **shown,
+        "frame": frame,
+        "distance": data["distances"][frame],
+        "losses": data["losses"][frame],
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -244,4 +255,5 @@ def in_numpy():
         "roofline": roofline,
         "momentum": momentum,
         "devices": devices,
+        "gan": gan,
     }

@@ -10,9 +10,11 @@ import numpy as np
 from matplotlib import colors as mpl_colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bnlib.book.style import WIDTH, color
+
+GAP = "#dddddd"  # between the tiles of a sheet of digits
 
 
 def digit_row(images: ArrayLike, columns: int = 8) -> Figure:
@@ -617,32 +619,39 @@ def talk(devices: ArrayLike, curves: ArrayLike, at: int, bars: ArrayLike) -> Fig
     return figure
 
 
+def tiles(images: ArrayLike, columns: int) -> NDArray[np.float64]:
+    """Return images as one sheet, row by row, with gaps of two pixels that hold NaN.
+
+    images: shape (n, 28, 28) or (n, 1, 28, 28), arrays or tensors.
+    """
+    images = np.asarray(images, dtype=float).reshape(-1, 28, 28)
+    rows, pitch = -(-len(images) // columns), 30
+    sheet = np.full((rows * pitch - 2, columns * pitch - 2), np.nan)
+    for i, image in enumerate(images):
+        y, x = pitch * np.array(divmod(i, columns))
+        sheet[y : y + 28, x : x + 28] = image
+    return sheet
+
+
 def digit_grid(
     images: ArrayLike, columns: int = 10, rows: Sequence[str] = (), tops: Sequence[str] = ()
 ) -> Figure:
-    """Show images as tiles of one sheet: the style of the chapters on GANs.
+    """Show images as a sheet of `tiles`: the style of the chapters on GANs.
 
     images: shape (n, 28, 28) or (n, 1, 28, 28), arrays or tensors, -1 for paper and 1 for ink, row
     by row. rows: a name at the left of each row; tops: one above each column. The figure is as wide
     as the page allows, whatever the number of columns.
     """
-    tiles = np.asarray(images, dtype=float).reshape(-1, 28, 28)
-    lines, gap = -(-len(tiles) // columns), 2
-    sheet = np.full((lines * (28 + gap) - gap, columns * (28 + gap) - gap), np.nan)
-    for i, tile in enumerate(tiles):
-        y, x = (28 + gap) * np.array(divmod(i, columns))
-        sheet[y : y + 28, x : x + 28] = tile
+    sheet = tiles(images, columns)
     height, width = sheet.shape
     left = 0.09 * max((len(name) for name in rows), default=0)  # inches for the names
-    figure, ax = plt.subplots(
-        figsize=(WIDTH, (WIDTH - left) * height / width + (0.25 if tops else 0.05))
-    )
+    tall = (WIDTH - left) * height / width + (0.25 if tops else 0.05)
+    figure, ax = plt.subplots(figsize=(WIDTH, tall))
     ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")
-    middles = np.arange(max(lines, columns)) * (28 + gap) + 13.5
-    ax.set_yticks(middles[: len(rows)], rows)
-    ax.set_xticks(middles[: len(tops)], tops)
+    ax.set_yticks(30 * np.arange(len(rows)) + 13.5, rows)
+    ax.set_xticks(30 * np.arange(len(tops)) + 13.5, tops)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
-    ax.set_facecolor("#e4e4e4")
+    ax.set_facecolor(GAP)
     ax.spines[:].set_visible(False)
     plt.close(figure)
     return figure

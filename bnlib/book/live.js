@@ -69,9 +69,10 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
     add("line", { x1: X(v), x2: X(v), y1: H - bottom, y2: H - bottom + 4, class: "axis" });
     text(X(v), H - bottom + 17, String(name).replace("-", "\u2212"));
   }
-  for (const v of yticks) {
+  for (const tick of yticks) {
+    const [v, name] = Array.isArray(tick) ? tick : [tick, tick];
     add("line", { x1: left, x2: W - right, y1: Y(v), y2: Y(v), class: "grid" });
-    text(left - 5, Y(v) + 4, String(v).replace("-", "\u2212"), { "text-anchor": "end" });
+    text(left - 5, Y(v) + 4, String(name).replace("-", "\u2212"), { "text-anchor": "end" });
   }
   text((left + W - right) / 2, H - 6, xlabel, { class: "label" });
   const inside = (v) => v >= x0 && v <= x1;
@@ -124,6 +125,16 @@ function plot({ title, label, x: [x0, x1], y: [y0, y1], xlabel = "", xticks, yti
       add("line", { x1: left, x2: W - right, y1: Y(0), y2: Y(0), class: "axis" });
     },
   };
+}
+
+// One frame of digits, as `live.sheet` packs them: ink on paper, which a dark theme turns around.
+function digits({ title, label, sheet: { href, frames, width, height }, frame, width: W = 320 }) {
+  const top = 26, H = (W * height) / width;
+  const image = svg("image", { href, width, height: frames * height });
+  const view = svg("svg", { y: top, width: W, height: H, viewBox: `0 ${frame * height} ${width} ${height}` }, image);
+  const text = svg("text", { x: W / 2, y: 15, "text-anchor": "middle", class: "title" }, title);
+  return svg("svg", { viewBox: `0 0 ${W} ${top + H}`, role: "img", "aria-label": label, class: "sheet",
+    style: `max-width: ${1.4 * W}px; flex-basis: ${0.72 * W}px` }, text, view);
 }
 
 // Round numbers that divide a range, as an axis wants them.

@@ -5,15 +5,20 @@ figure itself, which takes the picture's place where scripts run. `widget` gives
 as a Jupyter widget, its parameters linked to Python both ways.
 """
 
+import base64
 import html
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from PIL import Image
 
-from bnlib.book import style
+from bnlib.book import figures, style
 
 HERE = Path(__file__).parent
 STILL = "A still picture: run this cell, or read the book online, to move the sliders."
@@ -85,3 +90,23 @@ def widget(name: str, data: dict[str, Any], **params: float) -> Any:
     return type(
         "LiveFigure", (anywidget.AnyWidget,), {"_esm": code, "_css": stylesheet(), **traits}
     )()
+
+
+def sheet(frames: ArrayLike, columns: int) -> dict[str, Any]:
+    """Pack frames of digits into one picture, of which a figure shows one at a time.
+
+    frames: shape (frames, n, 28, 28) or (frames, n, 1, 28, 28), -1 for paper and 1 for ink; each
+    becomes a sheet of `figures.tiles`. Returns what `digits` in live.js takes: "href", a PNG of 16
+    greys with the frames below each other, as a data URL; their number "frames"; and "width" and
+    "height" of one of them.
+    """
+    sheets = np.stack([figures.tiles(frame, columns) for frame in np.asarray(frames)])
+    grey = int(figures.GAP[1:3], 16)
+    levels = np.where(np.isnan(sheets), grey / 17, 15 * (1 - sheets.clip(-1, 1)) / 2)
+    image = Image.fromarray(levels.round().astype(np.uint8).reshape(-1, sheets.shape[2]))
+    image.putpalette([17 * level for level in range(16) for _ in range(3)])
+    file = io.BytesIO()
+    image.save(file, "PNG", bits=4, optimize=True)
+    href = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    count, height, width = sheets.shape
+    return {"href": href, "frames": count, "width": width, "height": height}

@@ -1,7 +1,9 @@
 """The live figures without a browser: their numbers, their HTML, and the widget."""
 
+import base64
 import copy
 import html.parser
+import io
 import json
 import re
 
@@ -10,8 +12,9 @@ import pytest
 import quickjs
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from bnlib.book import live, style
+from bnlib.book import figures, live, style
 
 FIGURES = sorted(file.stem for file in (live.HERE / "live_figures").glob("*.js"))
 
@@ -173,6 +176,16 @@ def draw_devices(rng):
     return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
+def draw_gan(rng):
+    steps = [3 * k * k for k in range(21)]
+    numbers = {"distances": rng.uniform(1, 2000, 21).tolist(), "real": rng.uniform(1, 5)}
+    losses = rng.uniform(0.2, 4, (21, 2)).tolist()
+    sheet = {"frames": 21, "width": 178, "height": 118}
+    return {"sheet": sheet, "steps": steps, "losses": losses, **numbers}, {
+        "step": steps[rng.integers(21)]
+    }
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -184,6 +197,7 @@ DRAW = {
     "roofline": draw_roofline,
     "momentum": draw_momentum,
     "devices": draw_devices,
+    "gan": draw_gan,
 }
 
 
@@ -275,6 +289,32 @@ def test_show_displays_nothing_if_there_is_no_such_figure(monkeypatch):
     with pytest.raises(ValueError, match="normalise"):
         live.show("normalise", object(), {})
     assert shown == []
+
+
+class TestSheet:
+    frames = np.random.default_rng(0).uniform(-1, 1, (3, 5, 1, 28, 28))
+    sheet = live.sheet(frames, columns=2)
+
+    def test_holds_every_frame_to_sixteen_greys(self):
+        kind, _, data = self.sheet["href"].partition(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            grey = np.asarray(picture.convert("L"), dtype=float)
+        width, height = self.sheet["width"], self.sheet["height"]
+        assert grey.shape == (self.sheet["frames"] * height, width) == (3 * 88, 58)
+        for frame, shown in zip(self.frames, grey.reshape(3, height, width), strict=True):
+            expected = figures.tiles(frame, 2)
+            gap = np.isnan(expected)
+            assert (shown[gap] == int(figures.GAP[1:3], 16)).all()
+            ink = 1 - shown[~gap] / 255
+            assert abs(ink - (expected[~gap] + 1) / 2).max() <= 1 / 30 + 1e-9
+
+    def test_paper_is_white_and_ink_black(self):
+        sheet = live.sheet(np.array([-1, 1.0]).repeat(784).reshape(1, 2, 28, 28), 2)
+        with Image.open(io.BytesIO(base64.b64decode(sheet["href"].partition(",")[2]))) as picture:
+            grey = np.asarray(picture.convert("L"))
+        assert (grey[:, :28] == 255).all()
+        assert (grey[:, 30:] == 0).all()
 
 
 class TestWidget:

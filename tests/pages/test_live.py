@@ -93,6 +93,11 @@ STEPS = {
         ("slider", "latency", "Home", {"latency": 0.5}),
         ("slider", "devices", "Home", {"devices": 2}),
     ],
+    "gan": [
+        ("slider", "step", "Home", {"step": 0}),
+        ("slider", "step", "ArrowRight ArrowRight", {"step": 12}),
+        ("slider", "step", "End ArrowLeft", {"step": 1083}),
+    ],
 }
 
 
@@ -154,6 +159,10 @@ def said_by_devices(result, params):
     return numbers
 
 
+def said_by_gan(result, params):
+    return [params["step"], result["distance"], result["real"], *result["losses"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -165,6 +174,7 @@ SAID = {
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
     "devices": said_by_devices,
+    "gan": said_by_gan,
 }
 
 
