@@ -120,6 +120,13 @@ def group_size(n, e, error=lambda values: values**-0.5):
     return p
 
 
+def in_the_long_run(w, mean_r, var_r, mean_f, var_f):
+    mean, square = np.average(
+        [[mean_r, mean_r**2 + var_r], [mean_f, mean_f**2 + var_f]], axis=0, weights=[w, 1 - w]
+    )
+    return [mean, np.average([var_r, var_f], weights=[w, 1 - w]), mean, square - mean**2]
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -154,6 +161,9 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
+    "18.1": lambda x, mean, std: mean + std * (x - np.mean(x)) / np.std(x),
+    "18.2": in_the_long_run,
+    "18.3": lambda x1, x2, w: np.zeros(4),
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -192,6 +202,9 @@ WRONG = {  # the mistakes that the exercises are about
     "10.1": lambda first, second: combine(first, second, apart=False),
     "10.2": lambda sizes: np.array(sizes) / sum(sizes),
     "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
+    "18.1": lambda x, mean, std: mean + std * x,
+    "18.2": lambda *given: [*in_the_long_run(*given)[:2]] * 2,
+    "18.3": lambda x1, x2, w: [w, -w, 0, 0],
 }
 
 

@@ -186,6 +186,14 @@ def draw_gan(rng):
     }
 
 
+def draw_apart(rng):
+    data = {kind: rng.normal(size=40).round(3).tolist() for kind in ("real", "fake")}
+    choices = {
+        name: int(rng.integers(n)) for name, n in {"batches": 2, "mode": 2, "order": 3}.items()
+    }
+    return data, {"distance": rng.uniform(0, 8), **choices}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -198,6 +206,7 @@ DRAW = {
     "momentum": draw_momentum,
     "devices": draw_devices,
     "gan": draw_gan,
+    "apart": draw_apart,
 }
 
 

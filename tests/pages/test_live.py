@@ -98,6 +98,15 @@ STEPS = {
         ("slider", "step", "ArrowRight ArrowRight", {"step": 12}),
         ("slider", "step", "End ArrowLeft", {"step": 1083}),
     ],
+    "apart": [
+        ("slider", "distance", "Home ArrowRight", {"distance": 0.25}),
+        ("combobox", "batches", 1, {"batches": 1}),
+        ("slider", "distance", "End ArrowLeft", {"distance": 7.75}),
+        ("combobox", "mode", 1, {"mode": 1}),
+        ("combobox", "batches", 0, {"batches": 0}),
+        ("combobox", "calls in a step", 2, {"order": 2}),
+        ("combobox", "calls in a step", 1, {"order": 1}),
+    ],
 }
 
 
@@ -163,6 +172,12 @@ def said_by_gan(result, params):
     return [params["step"], result["distance"], result["real"], *result["losses"]]
 
 
+def said_by_apart(result, params):
+    running, after = result["running"], result["after"]
+    means = [after[kind]["mean"] for kind in ("real", "fake")]
+    return [params["distance"], *means, 100 * result["share"], running["mean"], running["var"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -175,6 +190,7 @@ SAID = {
     "momentum": said_by_momentum,
     "devices": said_by_devices,
     "gan": said_by_gan,
+    "apart": said_by_apart,
 }
 
 
