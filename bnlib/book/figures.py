@@ -698,6 +698,9 @@ def two_kinds(real: ArrayLike, fake: ArrayLike, real_hat: ArrayLike, fake_hat: A
         for values, thing in zip(pair, ("real", "fake"), strict=True):
             histogram(ax, values, thing, (-6, 6), band=False)
             ax.axvline(np.mean(values), color=color(thing), linestyle="--")
-        ax.set(title=title)
+        ax.set_title(title, y=1.06)
+    for values, thing, name in ((real, "real", "real"), (fake, "fake", "generated")):
+        axes[0].text(np.mean(values), 1, name, color=color(thing), ha="center", va="bottom",
+                     transform=axes[0].get_xaxis_transform(), fontsize=9)  # fmt: skip
     plt.close(figure)
     return figure
