@@ -693,14 +693,14 @@ def influence(shares: ArrayLike) -> Figure:
 def two_kinds(real: ArrayLike, fake: ArrayLike, real_hat: ArrayLike, fake_hat: ArrayLike) -> Figure:
     """Show z of real and generated images, and z-hat, as histograms over each other."""
     figure, axes = plt.subplots(1, 2)
-    pairs = ((real, fake), (real_hat, fake_hat))
-    for ax, pair, title in zip(axes, pairs, ("$z$", r"$\hat z$"), strict=True):
+    z, z_hat = (tuple(map(np.asarray, pair)) for pair in ((real, fake), (real_hat, fake_hat)))
+    for ax, pair, title in zip(axes, (z, z_hat), ("$z$", r"$\hat z$"), strict=True):
         for values, thing in zip(pair, ("real", "fake"), strict=True):
             histogram(ax, values, thing, (-6, 6), band=False)
-            ax.axvline(np.mean(values), color=color(thing), linestyle="--")
+            ax.axvline(values.mean(), color=color(thing), linestyle="--")
         ax.set_title(title, y=1.06)
-    for values, thing, name in ((real, "real", "real"), (fake, "fake", "generated")):
-        axes[0].text(np.mean(values), 1, name, color=color(thing), ha="center", va="bottom",
+    for values, thing, name in zip(z, ("real", "fake"), ("real", "generated"), strict=True):
+        axes[0].text(values.mean(), 1, name, color=color(thing), ha="center", va="bottom",
                      transform=axes[0].get_xaxis_transform(), fontsize=9)  # fmt: skip
     plt.close(figure)
     return figure
