@@ -455,6 +455,36 @@ def _group_size(group_size: Any) -> bool:
 
 
 @exercise(
+    "17.1",
+    "a channel has one value for each image and each place: how many places are there where the "
+    "batch norm stands?",
+)
+def _sharing_a_mean(answer: Any) -> bool:
+    return close(answer, [64 * 7 * 7, 64 * 14 * 14, 64 * 7 * 7])
+
+
+@exercise(
+    "17.2",
+    "every feature adds its own share, as if it were the only one; what is the distance of two "
+    "normal distributions of one number?",
+)
+def _independent(independent: Any) -> bool:
+    mean_a, mean_b = sample((2, 5), seed=17)
+    var_a, var_b = sample((2, 5), seed=18) ** 2
+    expected = np.sum((mean_a - mean_b) ** 2 + (np.sqrt(var_a) - np.sqrt(var_b)) ** 2)
+    return close(independent(mean_a, var_a, mean_b, var_b), expected)
+
+
+@exercise(
+    "17.3",
+    "write the loss with p as the unknown, find where its slope is zero, and ask which score the "
+    "sigmoid turns into that p.",
+)
+def _best_score(best_score: Any) -> bool:
+    return all(close(best_score(r), math.log(r)) for r in (1.0, 3.0, 0.25, 40.0))
+
+
+@exercise(
     "18.1",
     "first take away the brightness and the contrast that the batch has, then give it those that "
     "were asked for; one mean and one standard deviation for all pixels.",

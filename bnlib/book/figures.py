@@ -657,6 +657,55 @@ def digit_grid(
     return figure
 
 
+def _distances(ax: Axes, steps: ArrayLike, curve: ArrayLike, floor: float) -> None:
+    """Draw a Fréchet distance over the steps, and that of real digits."""
+    ax.semilogy(np.asarray(steps), np.asarray(curve), color=color("fake"))
+    ax.axhline(floor, color=color("real"), linestyle="--")
+    ax.set(ylim=(1, 4000), xlabel="step")
+    ax.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+    ax.minorticks_off()
+
+
+def gan_moment(
+    images: ArrayLike, steps: ArrayLike, curve: ArrayLike, floor: float, step: int
+) -> Figure:
+    """Show generated images, (n, 1, 28, 28) in six columns, and the distance over the steps.
+
+    curve: one distance for each of the steps; floor: that of real digits; step: where we are.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.3), width_ratios=(3, 2))
+    left.imshow(tiles(images, 6), vmin=-1, vmax=1, interpolation="nearest")
+    left.set(xticks=[], yticks=[], facecolor=GAP, title="the same 24 latent points")
+    left.spines[:].set_visible(False)
+    _distances(right, steps, curve, floor)
+    right.axvline(step, color=color("ink"), linewidth=1)
+    right.set(title="distance to real digits")
+    plt.close(figure)
+    return figure
+
+
+def duel(losses: ArrayLike, steps: ArrayLike, curve: ArrayLike, floor: float) -> Figure:
+    """Show the losses of critic and generator, shape (steps, 2), and the distance below them.
+
+    The losses are means of 20 steps, with those of a critic that cannot tell dashed. The others:
+    see `gan_moment`.
+    """
+    losses = np.asarray(losses)
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 3.6), sharex=True)
+    blocks = losses[: len(losses) // 20 * 20].reshape(-1, 20, 2).mean(axis=1)
+    at = 20 * np.arange(len(blocks)) + 10
+    parts = (("critic", "muted", 2 * np.log(2)), ("generator", "fake", np.log(2)))
+    for values, (name, thing, blind) in zip(blocks.T, parts, strict=True):
+        top.plot(at, values, color=color(thing), label=name)
+        top.axhline(blind, color=color(thing), linewidth=0.9, linestyle="--")
+    top.set(ylabel="loss", ylim=(0, None))
+    top.legend(loc="upper right")
+    _distances(bottom, steps, curve, floor)
+    bottom.set(ylabel="distance")
+    plt.close(figure)
+    return figure
+
+
 def three_ways(steps: ArrayLike, found: dict[str, ArrayLike]) -> Figure:
     """Show a critic over training, shown the same images apart, mixed, and in evaluation mode.
 

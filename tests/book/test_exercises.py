@@ -10,6 +10,7 @@ import torch
 
 from bnlib.book import exercises
 from bnlib.book.exercises import EXERCISES
+from bnlib.gan import frechet_distance
 from bnlib.scratch.layers import Linear
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
@@ -120,6 +121,10 @@ def group_size(n, e, error=lambda values: values**-0.5):
     return p
 
 
+def independent(mean_a, var_a, mean_b, var_b, spread=np.sqrt):
+    return np.sum((mean_a - mean_b) ** 2) + np.sum((spread(var_a) - spread(var_b)) ** 2)
+
+
 def in_the_long_run(w, mean_r, var_r, mean_f, var_f):
     mean, square = np.average(
         [[mean_r, mean_r**2 + var_r], [mean_f, mean_f**2 + var_f]], axis=0, weights=[w, 1 - w]
@@ -161,6 +166,9 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
+    "17.1": [3136, 12544, 3136],
+    "17.2": independent,
+    "17.3": np.log,
     "18.1": lambda x, mean, std: mean + std * (x - np.mean(x)) / np.std(x),
     "18.2": in_the_long_run,
     "18.3": lambda x1, x2, w: np.zeros(4),
@@ -202,6 +210,9 @@ WRONG = {  # the mistakes that the exercises are about
     "10.1": lambda first, second: combine(first, second, apart=False),
     "10.2": lambda sizes: np.array(sizes) / sum(sizes),
     "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
+    "17.1": [49, 196, 49],
+    "17.2": lambda *moments: independent(*moments, spread=lambda var: var),
+    "17.3": lambda r: r / (1 + r),
     "18.1": lambda x, mean, std: mean + std * x,
     "18.2": lambda *given: [*in_the_long_run(*given)[:2]] * 2,
     "18.3": lambda x1, x2, w: [w, -w, 0, 0],
@@ -291,3 +302,12 @@ def test_each_exercise_is_used_in_the_chapter_of_its_number_and_nowhere_else():
         for number in set(re.findall(r"""exercises\.check\(\s*["'](.+?)["']""", code)):
             used.setdefault(number, []).append(chapter.name[:2])
     assert used == {number: [number[:2]] for number in EXERCISES}
+
+
+def test_the_distance_of_independent_features_is_the_librarys():
+    rng = np.random.default_rng(0)
+    points = rng.permuted(np.linspace(-1, 1, 40)), rng.permuted(np.linspace(-1, 1, 40))
+    plane = np.array([np.tile(points[0], 40), np.repeat(points[1], 40)]).T  # not correlated
+    a, b = 3 * plane + 1, plane * [0.5, 4] - 2
+    moments = [f(c) for c in (a, b) for f in (lambda c: c.mean(0), lambda c: c.var(0, ddof=1))]
+    np.testing.assert_allclose(independent(*moments), frechet_distance(a, b), rtol=1e-9)

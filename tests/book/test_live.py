@@ -177,7 +177,7 @@ def draw_devices(rng):
 
 
 def draw_gan(rng):
-    steps = [3 * k * k for k in range(21)]
+    steps = [2 * k * k for k in range(21)]
     numbers = {"distances": rng.uniform(1, 2000, 21).tolist(), "real": rng.uniform(1, 5)}
     losses = rng.uniform(0.2, 4, (21, 2)).tolist()
     sheet = {"frames": 21, "width": 178, "height": 118}

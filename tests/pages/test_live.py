@@ -95,8 +95,8 @@ STEPS = {
     ],
     "gan": [
         ("slider", "step", "Home", {"step": 0}),
-        ("slider", "step", "ArrowRight ArrowRight", {"step": 12}),
-        ("slider", "step", "End ArrowLeft", {"step": 1083}),
+        ("slider", "step", "ArrowRight ArrowRight", {"step": 8}),
+        ("slider", "step", "End ArrowLeft", {"step": 722}),
     ],
     "apart": [
         ("slider", "distance", "Home ArrowRight", {"distance": 0.25}),

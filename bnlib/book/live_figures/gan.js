@@ -1,9 +1,9 @@
 // Chapter 17: the same latent points over the course of training, and the score of each moment.
 figures.gan = {
   label: "The course of training",
-  controls: [ // frame k shows the generator after 3k² steps
+  controls: [ // frame k shows the generator after 2k² steps
     { name: "step", label: "step", kind: "range", min: 0, max: 20, step: 1,
-      from: (k) => 3 * k * k, to: (step) => Math.sqrt(step / 3), show: String },
+      from: (k) => 2 * k * k, to: (step) => Math.sqrt(step / 2), show: String },
   ],
 
   compute({ sheet, steps, distances, losses, real }, { step }) {
