@@ -342,6 +342,33 @@ def frozen(data, scale, shift, eps):
     return {"training": through(*functional.moments(moved)), "frozen": through(*stored)}
 
 
+def apart(data, distance, batches, mode, order):
+    z = {
+        "real": np.array(data["real"]) + distance / 2,
+        "fake": np.array(data["fake"]) - distance / 2,
+    }
+    both = np.concatenate([z["real"], z["fake"]])
+    groups = {"real": both, "fake": both} if batches else z
+    kinds = [["real", "fake", "fake"], ["fake", "real", "fake"], ["real", "fake"]][order]
+    running, share = np.array([0.0, 1.0]), 0.0
+    for _ in range(200):
+        for kind in kinds:
+            values = groups[kind]
+            running = 0.9 * running + 0.1 * np.array([values.mean(), values.var(ddof=1)])
+            share = 0.9 * share + 0.1 * (kind == "real")
+    hat = {}
+    for kind, values in z.items():
+        used = running if mode else (groups[kind].mean(), groups[kind].var())
+        hat[kind] = functional.normalize(column(values), [used[0]], [used[1]], eps=EPS)[:, 0]
+    return {
+        "z": z,
+        "zHat": hat,
+        "share": share,
+        "running": {"mean": running[0], "var": running[1]},
+        "after": {kind: moments(values) for kind, values in hat.items()},
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -363,4 +390,5 @@ def in_numpy():
         "companions": companions,
         "drift": drift,
         "frozen": frozen,
+        "apart": apart,
     }

@@ -726,3 +726,38 @@ def _follow(follow: Any) -> bool:
         if not close(found, (z - mean) / np.sqrt(var + eps)):
             return False
     return True
+
+
+@exercise(
+    "18.1",
+    "first take away the brightness and the contrast that the batch has, then give it those that "
+    "were asked for; one mean and one standard deviation for all pixels.",
+)
+def _disguise(disguise: Any) -> bool:
+    x = sample((6, 1, 5, 5), seed=18)
+    y = np.asarray(disguise(x, 0.3, 0.2), dtype=np.float64)
+    seen = [functional.batch_norm(v, [1.0], [0.0], eps=1e-12)[0] for v in (x, y)]
+    return y.shape == x.shape and close([y.mean(), y.std()], [0.3, 0.2]) and close(seen[0], seen[1])
+
+
+@exercise(
+    "18.2",
+    "apart, the running variance averages variances that were each taken around a mean of their "
+    "own; mixed, all values are compared with one mean.",
+)
+def _in_the_long_run(in_the_long_run: Any) -> bool:
+    for w, mean_r, var_r, mean_f, var_f in ((0.5, 2, 1, -2, 1), (0.299, 1, 0.5, 3, 2)):
+        mean, var = w * mean_r + (1 - w) * mean_f, w * var_r + (1 - w) * var_f
+        mixed = var + w * (1 - w) * (mean_r - mean_f) ** 2
+        if not close(in_the_long_run(w, mean_r, var_r, mean_f, var_f), [mean, var, mean, mixed]):
+            return False
+    return True
+
+
+@exercise(
+    "18.3",
+    "what do two different numbers become, and what does that change when one of them moves a "
+    "little?",
+)
+def _two_images(gradients: Any) -> bool:
+    return close(gradients(3.0, 1.0, 0.7), np.zeros(4)) and close(gradients(5, 4, -2), np.zeros(4))

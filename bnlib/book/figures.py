@@ -975,3 +975,52 @@ def through_both(z: ArrayLike, mean: float, var: float, gamma: float, beta: floa
         ax.set(title=title, xlabel="$y$")
     plt.close(figure)
     return figure
+
+
+def three_ways(steps: ArrayLike, found: dict[str, ArrayLike]) -> Figure:
+    """Show a critic over training, shown the same images apart, mixed, and in evaluation mode.
+
+    steps: when. found: for each way, shape (moments, 2): the shares right, and ranked rightly.
+    """
+    things = dict(zip(found, (("train", "-"), ("train", ":"), ("eval", "-")), strict=True))
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.7), sharey=True)
+    for ax, column, title in zip(axes, (0, 1), ("% right", "% of pairs ranked"), strict=True):
+        for name, rows in found.items():
+            thing, dash = things[name]
+            values = 100 * np.asarray(rows)[:, column]
+            ax.plot(np.asarray(steps), values, dash, color=color(thing), label=name)
+        ax.axhline(50, color=color("muted"), linewidth=0.8)
+        ax.set(title=title, xlabel="step", ylim=(45, 101))
+    axes[1].legend(loc="lower left", bbox_to_anchor=(0, 0.06))
+    plt.close(figure)
+    return figure
+
+
+def influence(shares: ArrayLike) -> Figure:
+    """Show how much each score depends on each image, shape (n, n), as shares of its own image."""
+    shares = np.asarray(shares)
+    figure, ax = plt.subplots(figsize=(WIDTH, 3.2))
+    picture = ax.imshow(shares, vmin=0, vmax=1)
+    ticks, labels = range(len(shares)), [str(i + 1) for i in range(len(shares))]
+    ax.set(xlabel="image", ylabel="score of image")
+    ax.set_xticks(ticks, labels)
+    ax.set_yticks(ticks, labels)
+    figure.colorbar(picture, shrink=0.85)
+    plt.close(figure)
+    return figure
+
+
+def two_kinds(real: ArrayLike, fake: ArrayLike, real_hat: ArrayLike, fake_hat: ArrayLike) -> Figure:
+    """Show z of real and generated images, and z-hat, as histograms over each other."""
+    figure, axes = plt.subplots(1, 2)
+    z, z_hat = (tuple(map(np.asarray, pair)) for pair in ((real, fake), (real_hat, fake_hat)))
+    for ax, pair, title in zip(axes, (z, z_hat), ("$z$", r"$\hat z$"), strict=True):
+        for values, thing in zip(pair, ("real", "fake"), strict=True):
+            histogram(ax, values, thing, (-6, 6), band=False)
+            ax.axvline(values.mean(), color=color(thing), linestyle="--")
+        ax.set_title(title, y=1.06)
+    for values, thing, name in zip(z, ("real", "fake"), ("real", "generated"), strict=True):
+        axes[0].text(values.mean(), 1, name, color=color(thing), ha="center", va="bottom",
+                     transform=axes[0].get_xaxis_transform(), fontsize=9)  # fmt: skip
+    plt.close(figure)
+    return figure

@@ -188,6 +188,13 @@ def follow(mean, var, eps, factor):
     return factor * mean, factor**2 * var + (factor**2 - 1) * eps
 
 
+def in_the_long_run(w, mean_r, var_r, mean_f, var_f):
+    mean, square = np.average(
+        [[mean_r, mean_r**2 + var_r], [mean_f, mean_f**2 + var_f]], axis=0, weights=[w, 1 - w]
+    )
+    return [mean, np.average([var_r, var_f], weights=[w, 1 - w]), mean, square - mean**2]
+
+
 RIGHT = {
     "01.1": [-1.0, 1.0],
     "01.2": normalize_images,
@@ -243,6 +250,9 @@ RIGHT = {
     "14.1": what_moves,
     "14.2": lambda c, mean, var, gamma, beta, eps: beta + gamma * c / np.sqrt(var + eps),
     "14.3": follow,
+    "18.1": lambda x, mean, std: mean + std * (x - np.mean(x)) / np.std(x),
+    "18.2": in_the_long_run,
+    "18.3": lambda x1, x2, w: np.zeros(4),
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -302,6 +312,9 @@ WRONG = {  # the mistakes that the exercises are about
     "14.1": lambda grad, training, track: what_moves(grad, grad and training, track),
     "14.2": lambda c, mean, var, gamma, beta, eps: beta + c,
     "14.3": lambda mean, var, eps, factor: follow(mean, var, 0, factor),
+    "18.1": lambda x, mean, std: mean + std * x,
+    "18.2": lambda *given: [*in_the_long_run(*given)[:2]] * 2,
+    "18.3": lambda x1, x2, w: [w, -w, 0, 0],
 }
 
 

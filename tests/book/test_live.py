@@ -233,6 +233,14 @@ def draw_frozen(rng):
     return data, {**params, "eps": 10 ** rng.uniform(-5, 0)}
 
 
+def draw_apart(rng):
+    data = {kind: rng.normal(size=40).round(3).tolist() for kind in ("real", "fake")}
+    choices = {
+        name: int(rng.integers(n)) for name, n in {"batches": 2, "mode": 2, "order": 3}.items()
+    }
+    return data, {"distance": rng.uniform(0, 8), **choices}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -251,6 +259,7 @@ DRAW = {
     "companions": draw_companions,
     "drift": draw_drift,
     "frozen": draw_frozen,
+    "apart": draw_apart,
 }
 
 

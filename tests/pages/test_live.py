@@ -142,6 +142,15 @@ STEPS = {
         ("slider", "multiply z by", "Home ArrowRight", {"scale": 0.268}),
         ("slider", "then add", "End", {"shift": 4.0}),
     ],
+    "apart": [
+        ("slider", "distance", "Home ArrowRight", {"distance": 0.25}),
+        ("combobox", "batches", 1, {"batches": 1}),
+        ("slider", "distance", "End ArrowLeft", {"distance": 7.75}),
+        ("combobox", "mode", 1, {"mode": 1}),
+        ("combobox", "batches", 0, {"batches": 0}),
+        ("combobox", "calls in a step", 2, {"order": 2}),
+        ("combobox", "calls in a step", 1, {"order": 1}),
+    ],
 }
 
 
@@ -249,6 +258,12 @@ def said_by_frozen(result, params):
     ]
 
 
+def said_by_apart(result, params):
+    running, after = result["running"], result["after"]
+    means = [after[kind]["mean"] for kind in ("real", "fake")]
+    return [params["distance"], *means, 100 * result["share"], running["mean"], running["var"]]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -267,6 +282,7 @@ SAID = {
     "companions": said_by_companions,
     "drift": said_by_drift,
     "frozen": said_by_frozen,
+    "apart": said_by_apart,
 }
 
 
