@@ -17,7 +17,6 @@ from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from PIL import Image
-from numpy.typing import ArrayLike
 
 from bnlib.book import figures, style
 
