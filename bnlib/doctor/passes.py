@@ -283,14 +283,18 @@ def blended(norm: Norm, seen: Call) -> Call:
 def left_of(subject: Subject, norm: Norm) -> float:
     """Return the weight of the initial values, but 0 if a batch shows that there are none.
 
-    So it is after a recalibration, which counts few batches and keeps nothing from before.
+    So it is after a recalibration, which counts few batches and keeps nothing from before: the
+    statistics are nearer to the batch's own than to what they should be, or hardly differ.
     """
-    if 0 < norm.left < 1 and subject.batch is not None:
-        with suppress(Skip):
-            for seen in whole_step(subject).calls:
-                if seen.name == norm.name and _distance(norm, seen) < _distance(
-                    norm, blended(norm, seen)
-                ):
+    if not 0 < norm.left < 1 or subject.batch is None:
+        return norm.left
+    with suppress(Skip):
+        for seen in whole_step(subject).calls:
+            if seen.name == norm.name:
+                near = max(
+                    _distance(norm, blended(norm, seen)), min(1.5 * drift(norm, seen)[1], 0.25)
+                )
+                if _distance(norm, seen) < near:
                     return 0.0
     return norm.left
 
