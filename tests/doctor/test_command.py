@@ -5,15 +5,17 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import cases
 import jsonschema
 import pytest
 import torch
-from test_frame import ROOT
 
 from bnlib.doctor.__main__ import main
 from bnlib.doctor.report import SCHEMA
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

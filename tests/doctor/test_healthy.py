@@ -36,28 +36,25 @@ def unet():
     return UNet2D(normalization="batch", dropout=0.1, **shape), (4, 1, 32, 32)
 
 
-def of_pytorchcv(name, shape, **options):
+def of_pytorchcv(name, shape):
     def build():
         from pytorchcv.model_provider import get_model
 
-        return get_model(name, **options), shape
+        model = get_model(name, num_classes=10)
+        model.features.final_pool = nn.AdaptiveAvgPool2d(1)  # theirs takes one size alone
+        return model, shape
 
     return build
 
 
-SMALL, IMAGENET = (4, 3, 32, 32), (8, 3, 64, 64)
 OTHERS = {
     "efficientnet_pytorch": efficientnet,
     "unet": unet,
-    **{
-        name: of_pytorchcv(name, SMALL)
-        for name in ("resnet20_cifar10", "preresnet20_cifar10", "densenet40_k12_cifar10")
-    },
-    **{
-        name: of_pytorchcv(name, IMAGENET, in_size=(64, 64))
-        for name in ("resnet18_wd4", "mobilenet_wd4", "mobilenetv2_wd4", "shufflenetv2_wd2")
-    },
-}  # fmt: skip
+    "resnet20_cifar10": of_pytorchcv("resnet20_cifar10", (4, 3, 32, 32)),
+    "densenet40_k12_cifar10": of_pytorchcv("densenet40_k12_cifar10", (2, 3, 16, 16)),
+    "mobilenetv2_wd4": of_pytorchcv("mobilenetv2_wd4", (8, 3, 64, 64)),
+    "shufflenetv2_wd2": of_pytorchcv("shufflenetv2_wd2", (8, 3, 64, 64)),
+}
 
 
 def loss(model, batch):

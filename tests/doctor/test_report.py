@@ -5,19 +5,20 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import cases
 import jsonschema
 import pytest
 import torch
-from prose import headings
+from notebooks import headings
 from rich.console import Console
-from test_frame import ROOT
 
 from bnlib.doctor import RULES, Finding, Report, diagnose
 from bnlib.doctor import report as report_module
 from bnlib.doctor.report import SCHEMA
 
+ROOT = Path(__file__).parents[2]
 LONG = "backbone.features.denseblock1.denselayer12.norm1"
 
 
