@@ -217,7 +217,7 @@ def attempt(subject: Subject) -> Step:
                 loss = subject.loss(model, given(subject, subject.batch))
                 if not outputs and not step.calls:
                     raise Skip("the loss did not use the model that it got as its argument")
-                loss.backward()  # type: ignore[no-untyped-call]
+                backward(model, loss)
     except Skip as reason:
         step.failed = reason
     except Exception as error:
@@ -225,6 +225,21 @@ def attempt(subject: Subject) -> Step:
     after = counters(model)
     step.updates = {prefix + name: after.get(name, n) - n for name, n in before.items()}
     return step
+
+
+def backward(model: nn.Module, loss: Any) -> None:
+    """Run the backward pass, where checkpointing runs layers again; as little of it as reaches all.
+
+    That is the gradients of the batch norms' parameters; of all others, if one has none, or under a
+    checkpoint with use_reentrant=True, which takes no choice.
+    """
+    norms = [module for _, module in batch_norms(model)]
+    chosen = [p for module in norms for p in module.parameters() if p.requires_grad]
+    if chosen and all(any(p.requires_grad for p in module.parameters()) for module in norms):
+        with suppress(RuntimeError):
+            loss.backward(inputs=chosen, retain_graph=True)
+            return
+    loss.backward()
 
 
 def whole_step(subject: Subject) -> Step:
@@ -246,7 +261,7 @@ def measured(name: str, x: Tensor) -> Call:
     x = (x if x.dim() > 2 else x[..., None]).flatten(2).float()
     n, means = len(x), x.mean(2)
     mean = means.mean(0)
-    squares = (x - mean[:, None]).square().mean(2)
+    squares = torch.linalg.vector_norm(x - mean[:, None], dim=2).square() / x.shape[2]
     errors = [v.std(0, correction=0) / math.sqrt(max(n - 1, 1)) for v in (means, squares)]
     return Call(name, n, n * x.shape[2], *(v.cpu() for v in (mean, squares.mean(0), *errors)))
 
@@ -409,7 +424,7 @@ def layers_before(subject: Subject) -> Iterator[tuple[Norm, Chain]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One call of a layer: its input for the first example, its output for the first eight."""
+    """One call of a layer: the first row of its input and of its output; of the model's, all."""
 
     name: str
     x: Tensor
@@ -418,7 +433,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A copy that has evaluated the batch: its layers' calls, and the buffers that moved."""
+    """A copy that has evaluated some examples: its layers' calls, and the buffers that moved."""
 
     model: nn.Module
     rows: list[Row]
@@ -427,11 +442,14 @@ class Evaluation:
 
 @once
 def evaluation(subject: Subject) -> Evaluation:
-    """Evaluate the batch."""
+    """Evaluate the first eight examples, or the whole batch if it cannot be cut."""
     model, moved = copied(subject, training=False), dict[str, float]()
     _, prefix = unwrapped(subject.model)
     before = {name: x.clone() for name, x in model.named_buffers() if not is_lazy(x)}
-    rows = first_rows(model, given(subject, subject.batch))
+    try:
+        rows = rows_of(model, given(subject, examples(subject.batch, slice(8))))
+    except Exception:
+        rows = rows_of(model, given(subject, subject.batch))
     for name, x in model.named_buffers():
         if name in before and not torch.equal(x.nan_to_num(), before[name].nan_to_num()):
             layer = prefix + name.rpartition(".")[0]
@@ -440,21 +458,21 @@ def evaluation(subject: Subject) -> Evaluation:
     return Evaluation(model, rows, moved)
 
 
-def first_rows(model: nn.Module, batch: Any) -> list[Row]:
+def rows_of(model: nn.Module, batch: Any) -> list[Row]:
     """Evaluate a batch; return the calls of the layers in their order, the model's own last."""
     rows: list[Row] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str) -> None:
         x = next(iter(tensors([args, kwargs])), None)
-        if x is not None and len(x) > 1:
+        if x is not None and len(x):
             ys = [y for y in tensors(output) if len(y) == len(x) and not y.is_complex()]
-            y = [y[:8].detach().flatten(1) for y in ys]
+            y = [y[: None if module is model else 1].detach().flatten(1) for y in ys]
             rows.append(Row(name, x[0].detach().clone(), torch.cat(y or [x.new_empty(1, 0)], 1)))
 
     handles = [
         module.register_forward_hook(partial(note, name=name), with_kwargs=True)
         for name, module in model.named_modules()
-        if not name or is_layer(module)
+        if module is model or is_layer(module)
     ]
     try:
         with torch.no_grad():

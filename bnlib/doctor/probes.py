@@ -23,11 +23,11 @@ from bnlib.doctor.passes import (
     drift,
     evaluation,
     examples,
-    first_rows,
     given,
     layers_before,
     left_of,
     once,
+    rows_of,
     size_of,
     tensors,
     unwrapped,
@@ -40,7 +40,7 @@ __all__ = ["RULES"]
 
 LEFT = 0.1
 DROPOUT = 0.1
-ROUNDING, COPIES = 1e-3, 8
+ROUNDING = 1e-3
 DRIFT, NOISES = 0.5, 2.5
 FEW = 16
 GAIN, ERRORS, PARTS = 0.3, 2.5, 8
@@ -106,20 +106,18 @@ def dropout_before(subject: Subject) -> Iterator[Found]:
 def batch_dependent(subject: Subject) -> Iterator[Found]:
     """Find outputs of one example, in evaluation, that change with its companions.
 
-    In evaluation they must not. Rounding stays below 1e-5 of the output, batch statistics give more
-    than 0.01.
+    They must not. Rounding stays below 1e-5 of the output, batch statistics give more than 0.01.
 
-    The first example is evaluated in the batch, and beside copies of itself alone: some models
+    The first example is evaluated among the first eight, and among copies of itself: some models
     refuse a batch of one, and copies that come out different tell a random output. The value is the
     largest difference over the largest output. The layer is the first whose input agrees and whose
     output does not.
     """
-    if size_of(subject.batch) < 2:
-        raise Skip("the batch needs two examples")
     there = evaluation(subject)
-    alone = first_rows(there.model, given(subject, examples(subject.batch, [0] * COPIES)))
-    if not (there.rows and alone) or there.rows[-1].name or not alone[-1].y.numel():
-        raise Skip("the output has no row for each example")
+    n = len(there.rows[-1].y) if there.rows else 0
+    if n < 2 or not there.rows[-1].y.numel():
+        raise Skip("the output in evaluation has no row for each of two or more examples")
+    alone = rows_of(there.model, given(subject, examples(subject.batch, [0] * n)))
     ours, theirs = alone[-1].y, there.rows[-1].y
     if not (ours.isfinite().all() and theirs.isfinite().all()):
         raise Skip("the output in evaluation is not finite")
@@ -128,16 +126,13 @@ def batch_dependent(subject: Subject) -> Iterator[Found]:
         raise Skip("the output in evaluation is random")
     value = unlike(ours[0], theirs[0])
     if value > limit:
-        name = next(
-            (
-                a.name
-                for a, b in zip(alone, there.rows, strict=False)
-                if a.name == b.name and unlike(a.x, b.x) <= limit < unlike(a.y[0], b.y[0])
-            ),
-            "",
+        names = (
+            a.name
+            for a, b in zip(alone[:-1], there.rows, strict=False)
+            if a.name == b.name and unlike(a.x, b.x) <= limit < unlike(a.y[0], b.y[0])
         )
-        name = unwrapped(subject.model)[1] + name if name else ""
-        said = f"Alone, the first example's output is {value:.2g} of its size away from that here."
+        name = next((unwrapped(subject.model)[1] + name for name in names), "")
+        said = f"Beside copies of itself, the first example comes out {value:.2g} of its size away."
         yield Found("error", name, value, limit, said, f"{at(name)}.eval()")
 
 
@@ -264,11 +259,17 @@ def recalibration_helps(subject: Subject) -> Iterator[Found]:
 
 
 def losses(subject: Subject, model: nn.Module, batch: Any) -> Tensor:
-    """Return the losses of the parts of a batch; a loss may differentiate."""
-    parts = [given(subject, examples(batch, slice(i, None, PARTS))) for i in range(PARTS)]
+    """Return the losses of the parts of a batch; with gradients if it is not to be had without."""
+
+    def of_parts() -> Tensor:
+        parts = (given(subject, examples(batch, slice(i, None, PARTS))) for i in range(PARTS))
+        return torch.stack([subject.loss(model, part).detach().cpu() for part in parts])  # type: ignore[misc]
+
     try:
+        with suppress(RuntimeError), torch.no_grad():
+            return of_parts()
         with torch.enable_grad():
-            return torch.tensor([float(subject.loss(model, part).detach()) for part in parts])  # type: ignore[misc]
+            return of_parts()
     except Exception as error:
         raise Skip(f"the loss in evaluation raised {described(error)}") from error
 

@@ -176,7 +176,7 @@ class TestWhatCannotBeProbed:
                 return x.mean()
 
         report = diagnose(nn.Sequential(cases.network(), Mean()), cases.data())
-        assert "no row for each example" in report.skipped["batch-dependent"]
+        assert "has no row for each" in report.skipped["batch-dependent"]
 
     def test_a_loss_that_raises(self):
         def loss(model, batch):
