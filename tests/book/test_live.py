@@ -173,6 +173,13 @@ def draw_devices(rng):
     return data, {**params, "latency": 2.0 ** rng.integers(-1, 8)}
 
 
+def draw_doctor(rng):
+    limits = {"left": rng.uniform(0.05, 0.2), "momentum": rng.uniform(0.2, 0.8), "values": 16}
+    params = {name: int(rng.integers(2)) for name in ("layer", "frozen")}
+    params |= {"momentum": 10 ** rng.uniform(-3, 0), "updates": int(rng.integers(1, 301))}
+    return {"limits": limits}, {**params, "values": int(2 ** rng.integers(10))}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -184,6 +191,7 @@ DRAW = {
     "roofline": draw_roofline,
     "momentum": draw_momentum,
     "devices": draw_devices,
+    "doctor": draw_doctor,
 }
 
 

@@ -93,6 +93,16 @@ STEPS = {
         ("slider", "latency", "Home", {"latency": 0.5}),
         ("slider", "devices", "Home", {"devices": 2}),
     ],
+    "doctor": [
+        ("slider", "momentum", "End", {"momentum": 1.0}),
+        ("combobox", "its parameters", 0, {"frozen": 0}),
+        ("slider", "values per channel", "Home ArrowRight", {"values": 2}),
+        ("slider", "updates k", "Home ArrowRight", {"updates": 2}),
+        ("slider", "momentum", "Home", {"momentum": 0.001}),
+        ("combobox", "the layer is", 1, {"layer": 1}),
+        ("slider", "updates k", "End", {"updates": 300}),
+        ("combobox", "its parameters", 1, {"frozen": 1}),
+    ],
 }
 
 
@@ -154,6 +164,14 @@ def said_by_devices(result, params):
     return numbers
 
 
+def said_by_doctor(result, params):
+    limits = result["limits"]
+    return [
+        *(100 * result["left"], 100 * limits["left"]),
+        *(params["momentum"], limits["momentum"], params["values"], limits["values"]),
+    ]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -165,6 +183,7 @@ SAID = {
     "roofline": said_by_roofline,
     "momentum": said_by_momentum,
     "devices": said_by_devices,
+    "doctor": said_by_doctor,
 }
 
 
