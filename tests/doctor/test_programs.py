@@ -72,7 +72,7 @@ def test_does_not_see_what_it_is_said_not_to_see(name):
     assert described(findings) == [], "it does: move the program, and rewrite chapter 16"
 
 
-@pytest.mark.parametrize("slug", [rule.slug for rule in RULES])
+@pytest.mark.parametrize("slug", RULES)
 def test_every_rule_has_a_program(slug):
     assert any(slug in program.rules for program in programs.PROGRAMS)
 
