@@ -1,6 +1,7 @@
 """The self-checks: right answers pass, wrong ones get a hint and never the answer."""
 
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from bnlib.book import exercises
 from bnlib.book.exercises import EXERCISES
+from bnlib.doctor import diagnose
 from bnlib.scratch.layers import Linear
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
@@ -33,6 +35,13 @@ def unbiased_backward(dy, z_hat, gamma, std, less=1):
 def batches_needed(momentum, share, kept=lambda momentum: 1 - momentum):
     k = 0
     while kept(momentum) ** k >= share:
+        k += 1
+    return k
+
+
+def updates_needed(momentum, limit, too_much):
+    k = 0
+    while too_much((1 - momentum) ** k, limit) and k < 1000:
         k += 1
     return k
 
@@ -154,6 +163,9 @@ RIGHT = {
     "10.1": combine,
     "10.2": lambda sizes: np.array(sizes) / np.mean(sizes),
     "10.3": group_size,
+    "16.1": ["momentum-convention", "frozen-but-training"],
+    "16.2": lambda momentum, limit=0.1: updates_needed(momentum, limit, operator.gt),
+    "16.3": lambda x: x.mean(axis=1).var() * x.shape[1] / x.var(),
 }
 WRONG = {  # the mistakes that the exercises are about
     "01.1": [-0.5, 0.5],
@@ -192,6 +204,9 @@ WRONG = {  # the mistakes that the exercises are about
     "10.1": lambda first, second: combine(first, second, apart=False),
     "10.2": lambda sizes: np.array(sizes) / sum(sizes),
     "10.3": lambda n, e: group_size(n, e, error=lambda values: 1 / values),
+    "16.1": ["momentum-convention", "few-values"],
+    "16.2": lambda momentum, limit=0.1: updates_needed(momentum, limit, operator.ge),
+    "16.3": lambda x: x.mean(axis=1).var() / x.var(),
 }
 
 
@@ -278,3 +293,8 @@ def test_each_exercise_is_used_in_the_chapter_of_its_number_and_nowhere_else():
         for number in set(re.findall(r"""exercises\.check\(\s*["'](.+?)["']""", code)):
             used.setdefault(number, []).append(chapter.name[:2])
     assert used == {number: [number[:2]] for number in EXERCISES}
+
+
+def test_the_patient_of_16_1_has_the_two_faults_that_its_exercise_asks_for():
+    found = diagnose(exercises.patient())
+    assert {finding.slug for finding in (*found.errors, *found.warnings)} == set(RIGHT["16.1"])
