@@ -11,27 +11,28 @@ generators are afterwards bit for bit what they were before, also if the model r
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from bnlib.doctor import probes
-from bnlib.doctor.checks import RULES, Loss, Rule, Skip, Subject, norms_in, norms_of
+from bnlib.doctor.checks import Loss, Rule, Skip, Subject, norms_in, norms_of
+from bnlib.doctor.passes import described, restored
 from bnlib.doctor.report import BOOK, Finding, Report
 from bnlib.statistics import _as_before
 
 __all__ = ["RULES", "Finding", "Report", "Rule", "diagnose", "diagnose_state"]
 
-MISSING = {
-    "model": "it needs the model: diagnose(model)",
-    "batch": "it needs a batch: diagnose(model, batch)",
-    "optimizer": "it needs the optimizer: diagnose(model, optimizer=optimizer)",
-    "loader": "it needs the loader: diagnose(model, loader=loader)",
-    "loss": "it needs a loss: diagnose(model, batch, loss=loss)",
-    "expected": "it needs two sets of keys: diagnose(model, checkpoint=state_dict), or --against",
-    "checkpoint": "it needs two sets of keys: diagnose(model, checkpoint=state_dict), or --against",
+RULES: dict[str, Rule] = dict(sorted(probes.RULES.items(), key=lambda item: item[1].id))
+ASKED = {
+    "model": "the model: diagnose(model)",
+    "batch": "a batch: diagnose(model, batch)",
+    "optimizer": "the optimizer: diagnose(model, optimizer=optimizer)",
+    "loader": "the loader: diagnose(model, loader=loader)",
+    "loss": "a loss: diagnose(model, batch, loss=loss)",
+    "checkpoint": "a state dict beside the model: diagnose(model, checkpoint=state_dict)",
+    "wanted": "a second file: --against other.pt",
 }
 
 
@@ -64,15 +65,18 @@ def diagnose(
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     rules = _chosen(select, ignore)
+    subject = Subject([], model, batch, optimizer, loader, loss, checkpoint)
+    generator = getattr(loader, "generator", None)
     with ExitStack() as stack:
         stack.enter_context(_as_before(model))
-        stack.enter_context(probes.generator_as_before(loader))
+        if isinstance(generator, torch.Generator):
+            stack.callback(generator.set_state, generator.get_state())
         if loss is not None:
-            stack.enter_context(probes.restored(model))
-        subject = Subject(norms_of(model), model, batch, optimizer, loader, loss, checkpoint)
-        subject.expected = None if checkpoint is None else model.state_dict()
+            stack.enter_context(restored(model))
+        subject.norms = norms_of(model)
+        subject.wanted = None if checkpoint is None else model.state_dict()
         if batch is None and loader is not None:
-            subject.batch = next(iter(islice(loader, 1)), None)
+            subject.batch = next(iter(loader), None)
         return _report(subject, rules)
 
 
@@ -89,12 +93,11 @@ def diagnose_state(
     are those with a running mean and a running variance. Raises ValueError for an unknown slug.
     """
     rules = _chosen(select, ignore)
-    subject = Subject(norms_in(state_dict), checkpoint=state_dict, expected=against)
-    return _report(subject, rules)
+    return _report(Subject(norms_in(state_dict), checkpoint=state_dict, wanted=against), rules)
 
 
 def _chosen(select: Iterable[str], ignore: Iterable[str]) -> list[Rule]:
-    select, ignore = list(select), list(ignore)
+    select, ignore = [*select], [*ignore]
     for slug in (*select, *ignore):
         if slug not in RULES:
             raise ValueError(f"expected slugs of rules, got {slug!r}; known are {', '.join(RULES)}")
@@ -104,21 +107,21 @@ def _chosen(select: Iterable[str], ignore: Iterable[str]) -> list[Rule]:
 def _report(subject: Subject, rules: Iterable[Rule]) -> Report:
     findings, checked, skipped = [], [], {}
     for rule in rules:
-        lacking = [need for need in rule.needs if getattr(subject, need) is None]
+        page, _, anchor = rule.section.partition("#")
+        link = f"{BOOK}chapters/{page}.html{anchor and '#'}{anchor}"
         try:
-            if lacking:
-                raise Skip(MISSING[lacking[0]])
-            found = list(rule.check(subject))
+            for need in rule.needs:
+                if getattr(subject, need) is None:
+                    raise Skip(f"it needs {ASKED[need]}")
+            for severity, layer, value, threshold, said, fix in rule.check(subject):
+                numbers = float(value), float(threshold)
+                message = f"{said} {rule.why}"
+                findings.append(
+                    Finding(rule.id, rule.slug, severity, layer, *numbers, message, fix, link)
+                )
+            checked.append(rule.slug)
         except Skip as reason:
             skipped[rule.slug] = str(reason)
         except Exception as error:
-            skipped[rule.slug] = f"the check raised {probes.described(error)}"
-        else:
-            checked.append(rule.slug)
-            link = f"{BOOK}chapters/{rule.section}.html"
-            findings += [
-                Finding(rule.id, rule.slug, f.severity, f.layer, float(f.value), float(f.threshold),
-                        f.message, f.fix, link)
-                for f in found
-            ]  # fmt: skip
+            skipped[rule.slug] = f"the check raised {described(error)}"
     return Report(findings, checked, skipped, len(subject.norms))
