@@ -474,8 +474,8 @@ def patient() -> Any:
 
 @exercise(
     "16.1",
-    "the state alone shows both: give `diagnose` the patient and nothing else, and read the slugs of "
-    "its errors and warnings. The order does not matter.",
+    "the state alone shows both: give `diagnose` the patient alone, and read the slugs of its "
+    "errors and warnings. The order does not matter.",
 )
 def _patient(answer: Any) -> bool:
     return sorted(answer) == ["frozen-but-training", "momentum-convention"]
@@ -492,8 +492,8 @@ def _updates_needed(updates_needed: Any) -> bool:
 
 @exercise(
     "16.3",
-    "what is the variance of a mean of m values that were drawn at random? Divide by that, and take "
-    "the variance of the values over all batches.",
+    "what is the variance of a mean of m values drawn at random? Divide by that, and take the "
+    "variance of the values over all batches.",
 )
 def _order_ratio(order_ratio: Any) -> bool:
     batches = sample((50, 8), seed=16)
