@@ -8,10 +8,13 @@ import re
 import numpy as np
 import pytest
 import quickjs
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from bnlib.book import live, style
+from bnlib.doctor import diagnose
 
 FIGURES = sorted(file.stem for file in (live.HERE / "live_figures").glob("*.js"))
 
@@ -206,6 +209,23 @@ def test_a_figure_computes_what_numpy_computes(in_numpy, name):
         data, params = DRAW[name](rng)
         ours = call(f"figures.{name}.compute", data, params)
         assert_equal(ours, in_numpy[name](data, **params))
+
+
+def test_the_doctor_of_the_figure_is_the_doctor(in_numpy):
+    limits, rng = {"left": 0.1, "momentum": 0.5, "values": 16}, np.random.default_rng(0)
+    for seed in range(20):
+        _, params = draw_doctor(rng)
+        params["updates"] = min(params["updates"], 60)
+        torch.manual_seed(seed)
+        norm = nn.BatchNorm1d(3, momentum=params["momentum"], dtype=torch.float64)
+        model = nn.Sequential(norm)
+        for _ in range(params["updates"]):
+            model(0.01 * torch.randn(64, 3, dtype=torch.float64))
+        norm.requires_grad_(not params["frozen"]).train(not params["layer"])
+        batch = 0.01 * torch.randn(params["values"], 3, dtype=torch.float64)
+        expected = in_numpy["doctor"]({"limits": limits}, **params)["found"]
+        found = diagnose(model, batch, select=expected).findings
+        assert {f.slug for f in found} == {slug for slug, is_there in expected.items() if is_there}
 
 
 @pytest.mark.parametrize("name", FIGURES)
