@@ -19,17 +19,15 @@ import importlib.util
 import json
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from scratch import PASSES, SHAPES, Calls, measure
 from torch import nn
 
 from bnlib import nn as bnn
 
-SHAPES = [(256, 512), (32, 256, 8, 8), (128, 64, 14, 14), (64, 64, 56, 56)]
-PASSES = ["forward", "forward + backward", "evaluation"]
 NATIVE, OURS = "torch.nn", "bnlib.nn"
 NATIVE_COMPILED, OURS_COMPILED = "torch.nn, compiled", "bnlib.nn, compiled"
 GOALS = [  # who, over whom, numbers of dimensions, limit; forward + backward
@@ -37,8 +35,6 @@ GOALS = [  # who, over whom, numbers of dimensions, limit; forward + backward
     (OURS, NATIVE, (2,), 1.0),
     (OURS_COMPILED, NATIVE_COMPILED, (2, 4), 1.0),
 ]
-
-Calls = dict[str, Callable[[], object]]
 
 
 def calls_of(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor, compiled: bool) -> Calls:
@@ -72,19 +68,6 @@ def contenders(shape: tuple[int, ...], compiled: bool) -> dict[str, Calls]:
         calls[NATIVE_COMPILED] = calls_of(native, x, dy, True)
         calls[OURS_COMPILED] = calls_of(ours, x, dy, True)
     return calls
-
-
-def measure(calls: dict[str, Calls], rounds: int) -> dict[str, dict[str, np.ndarray]]:
-    """Return CPU seconds of every contender in every round, by name and pass."""
-    times = {name: {p: np.empty(rounds) for p in PASSES} for name in calls}
-    for i in range(rounds):
-        for p in PASSES:
-            for name, of_passes in calls.items():
-                of_passes[p]()
-                start = time.process_time_ns()
-                of_passes[p]()
-                times[name][p][i] = (time.process_time_ns() - start) / 1e9
-    return times
 
 
 def speed(shape: tuple[int, ...], seconds: float, compiled: bool) -> dict[str, object]:

@@ -203,6 +203,7 @@ class _Seen:
     variances: Tensor | float = 0.0
 
     def add(self, x: Tensor) -> None:
+        """Take in one batch, shape (N, C, *spatial)."""
         count = x.numel() // x.shape[1]
         if count < 2:
             raise ValueError(
@@ -219,9 +220,11 @@ class _Seen:
         self.count, self.batches = total, self.batches + 1
 
     def is_finite(self) -> bool:
+        """Tell whether NaN or Inf has come in."""
         return bool(torch.isfinite(torch.as_tensor(self.squares)).all())
 
     def statistics(self, estimator: Estimator) -> tuple[Tensor, Tensor]:
+        """Return the mean and the unbiased variance, each (C,)."""
         if estimator == "population":
             pair = self.mean, self.squares / (self.count - 1)
         else:

@@ -113,7 +113,7 @@ def _report(subject: Subject, rules: Iterable[Rule]) -> Report:
             for need in rule.needs:
                 if getattr(subject, need) is None:
                     raise Skip(f"it needs {ASKED[need]}")
-            for severity, layer, value, threshold, said, fix in rule.check(subject):
+            for severity, layer, value, threshold, said, fix in [*rule.check(subject)]:
                 numbers = float(value), float(threshold)
                 message = f"{said} {rule.why}"
                 findings.append(

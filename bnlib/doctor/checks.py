@@ -344,7 +344,8 @@ def missing_keys(subject: Subject) -> Iterator[Found]:
     """
     state, wanted = subject.checkpoint or {}, subject.wanted or {}
     fix = "model.load_state_dict(state_dict)  # strict"
-    for name in dict.fromkeys(norm.name for norm in [*subject.norms, *norms_in(state)]):
+    norms = [*subject.norms, *norms_in(wanted), *norms_in(state)]
+    for name in dict.fromkeys(norm.name for norm in norms):
         prefix = f"{name}." if name else ""
         keys = [prefix + k for k in ("weight", "bias", *STATISTICS, "num_batches_tracked")]
         missing = [k for k in keys if k in wanted and _shape(state, k) != _shape(wanted, k)]

@@ -359,6 +359,8 @@ def follow(model: nn.Module, chains: dict[str, Chain], prefix: str) -> None:
 
 def is_layer(module: nn.Module) -> bool:
     """Return whether a module is one operation: a known layer, or without modules inside."""
+    if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+        return False
     known = nn.Linear | _ConvNd | _DropoutNd | _BatchNorm
     return isinstance(module, known) or next(module.children(), None) is None
 
@@ -374,8 +376,11 @@ def sequences(model: nn.Module) -> dict[str, Chain]:
     chains: dict[str, Chain] = {}
     names: dict[nn.Module, str] = {module: name for name, module in batch_norms(model)}
 
+    def is_sequence(module: nn.Module) -> bool:
+        return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
     def walk(module: nn.Module, chain: Chain) -> Chain:
-        if type(module).forward is nn.Sequential.forward:
+        if is_sequence(module):
             for child in module.children():
                 chain = walk(child, chain)
             return chain
@@ -383,9 +388,8 @@ def sequences(model: nn.Module) -> dict[str, Chain]:
             chains.setdefault(names[module], chain)
         return grown(chain, module) if is_layer(module) else ()
 
-    for module in model.modules():
-        if type(module).forward is nn.Sequential.forward:
-            walk(module, ())
+    for module in filter(is_sequence, model.modules()):
+        walk(module, ())
     return chains
 
 
@@ -405,7 +409,7 @@ def layers_before(subject: Subject) -> Iterator[tuple[Norm, Chain]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One call of a layer: its input for the first example, its output for the first two."""
+    """One call of a layer: its input for the first example, its output for the first eight."""
 
     name: str
     x: Tensor
@@ -444,8 +448,8 @@ def first_rows(model: nn.Module, batch: Any) -> list[Row]:
         x = next(iter(tensors([args, kwargs])), None)
         if x is not None and len(x) > 1:
             ys = [y for y in tensors(output) if len(y) == len(x) and not y.is_complex()]
-            y = [y[:2].detach().flatten(1) for y in ys]
-            rows.append(Row(name, x[0].detach().clone(), torch.cat(y or [torch.empty(2, 0)], 1)))
+            y = [y[:8].detach().flatten(1) for y in ys]
+            rows.append(Row(name, x[0].detach().clone(), torch.cat(y or [x.new_empty(1, 0)], 1)))
 
     handles = [
         module.register_forward_hook(partial(note, name=name), with_kwargs=True)

@@ -40,7 +40,7 @@ __all__ = ["RULES"]
 
 LEFT = 0.1
 DROPOUT = 0.1
-ROUNDING = 1e-3
+ROUNDING, COPIES = 1e-3, 8
 DRIFT, NOISES = 0.5, 2.5
 FEW = 16
 GAIN, ERRORS, PARTS = 0.3, 2.5, 8
@@ -109,21 +109,22 @@ def batch_dependent(subject: Subject) -> Iterator[Found]:
     In evaluation they must not. Rounding stays below 1e-5 of the output, batch statistics give more
     than 0.01.
 
-    The first example is evaluated in the batch, and beside itself alone: twice, since some models
-    refuse a batch of one. The value is the largest difference over the largest output. The layer
-    is the first whose input agrees and whose output does not.
+    The first example is evaluated in the batch, and beside copies of itself alone: some models
+    refuse a batch of one, and copies that come out different tell a random output. The value is the
+    largest difference over the largest output. The layer is the first whose input agrees and whose
+    output does not.
     """
     if size_of(subject.batch) < 2:
         raise Skip("the batch needs two examples")
     there = evaluation(subject)
-    alone = first_rows(there.model, given(subject, examples(subject.batch, [0, 0])))
+    alone = first_rows(there.model, given(subject, examples(subject.batch, [0] * COPIES)))
     if not (there.rows and alone) or there.rows[-1].name or not alone[-1].y.numel():
         raise Skip("the output has no row for each example")
     ours, theirs = alone[-1].y, there.rows[-1].y
     if not (ours.isfinite().all() and theirs.isfinite().all()):
         raise Skip("the output in evaluation is not finite")
     limit = max(ROUNDING, 32 * torch.finfo(ours.dtype).eps if ours.is_floating_point() else 0)
-    if unlike(ours[0], ours[1]) > limit:
+    if unlike(ours, ours[:1].expand_as(ours)) > limit:
         raise Skip("the output in evaluation is random")
     value = unlike(ours[0], theirs[0])
     if value > limit:
@@ -239,7 +240,7 @@ def recalibration_helps(subject: Subject) -> Iterator[Found]:
     if subject.model.training and any(left_of(subject, norm) > LEFT for norm in subject.norms):  # type: ignore[union-attr]
         raise Skip("the statistics still hold their initial values, as when training begins")
     held, half = subject.batch, size_of(subject.batch) // 2
-    data = list(islice(subject.loader or (), 1, 9))
+    data = list(islice(() if subject.loader is None else subject.loader, 1, 9))
     if not data:
         data, held = [examples(held, slice(half))], examples(held, slice(half, None))
     if size_of(held) < 2 * PARTS:
@@ -337,7 +338,7 @@ def first_inputs(subject: Subject) -> list[Tensor]:
 
     for _, module in batch_norms(model):
         module.register_forward_pre_hook(stop, with_kwargs=True)
-    for batch in islice(subject.loader or (), BATCHES):
+    for batch in islice(subject.loader, BATCHES):  # type: ignore[arg-type]
         with suppress(_Reached), torch.no_grad():
             call(model, given(subject, batch))
     return [x for x in found if len(x) > 1]

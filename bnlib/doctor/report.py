@@ -160,18 +160,18 @@ class Report:
         return json.dumps(content, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        lines = [self._counts(), ""]
-        for row in (
-            [("", "rule", "layer", "found", "limit"), *self._rows()] if self.findings else []
-        ):
-            severity, rule, layer, value, limit = row[:5]
+        lines = [self._counts()]
+        if self.findings:
+            lines += ["", f"{'':8}{'rule':32}{'layer':23}{'found':>8} {'limit':>8}"]
+        for severity, rule, layer, value, limit, _ in self._rows():
             layer = layer if len(layer) <= 22 else "…" + layer[-21:]
             lines.append(f"{severity:8}{rule:32}{layer:23}{value:>8} {limit:>8}".rstrip())
         for finding in self._first_of_each():
             name = f"{finding.rule} {finding.slug}"
             lines += ["", *_wrapped(f"{name}: {_visible(finding.message)}")]
             lines += [f"  fix   {_visible(finding.fix)}", f"  book  {_page(finding)}"]
-        return "\n".join([*lines, "", *self._wrapped_scope()])
+        lines += [""] * bool(self.findings)
+        return "\n".join([*lines, *(line for text in self._scope() for line in _wrapped(text))])
 
     def __rich__(self) -> "RenderableType":
         from rich import box
@@ -238,9 +238,6 @@ class Report:
 
     def _first_of_each(self) -> list[Finding]:
         return [group[0] for group in self._groups()]
-
-    def _wrapped_scope(self) -> list[str]:
-        return [line for sentence in self._scope() for line in _wrapped(sentence)]
 
     def _scope(self) -> Iterator[str]:
         """Say what was looked at, and what was not and why."""
