@@ -369,6 +369,26 @@ def apart(data, distance, batches, mode, order):
     }
 
 
+def doctor(data, layer, frozen, momentum, updates, values):
+    limits, training = data["limits"], layer == 0
+    left, at = (1 - momentum) ** updates, np.linspace(0, max(60, updates), 101)
+    few = limits["values"] / values if training else 0
+    return {
+        "left": left,
+        "at": at,
+        "start": (1 - momentum) ** at,
+        "limits": limits,
+        "over": [left / limits["left"], momentum / limits["momentum"], few],
+        "found": {
+            "mode-mismatch": int(not training and not frozen),
+            "frozen-but-training": int(training and frozen),
+            "initial-value-left": int(left > limits["left"]),
+            "momentum-convention": int(momentum > limits["momentum"]),
+            "few-values": int(few > 1),
+        },
+    }
+
+
 @pytest.fixture(scope="session")
 def in_numpy():
     """Return the functions that compute each live figure's numbers, by name."""
@@ -391,4 +411,5 @@ def in_numpy():
         "drift": drift,
         "frozen": frozen,
         "apart": apart,
+        "doctor": doctor,
     }

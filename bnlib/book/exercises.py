@@ -761,3 +761,52 @@ def _in_the_long_run(in_the_long_run: Any) -> bool:
 )
 def _two_images(gradients: Any) -> bool:
     return close(gradients(3.0, 1.0, 0.7), np.zeros(4)) and close(gradients(5, 4, -2), np.zeros(4))
+
+
+def patient() -> Any:
+    """Return the network of exercise 16.1: two batch norms, of torch.nn, each with a fault."""
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(16)
+        model = nn.Sequential(
+            nn.Linear(10, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(),
+            nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16, momentum=0.99), nn.ReLU(),
+            nn.Linear(16, 3),
+        )  # fmt: skip
+        for _ in range(60):
+            model(torch.randn(64, 10))
+    model[1].requires_grad_(False)
+    return model
+
+
+@exercise(
+    "16.1",
+    "the state alone shows both: give `diagnose` the patient alone, and read the slugs of its "
+    "errors and warnings. The order does not matter.",
+)
+def _patient(answer: Any) -> bool:
+    return sorted(answer) == ["frozen-but-training", "momentum-convention"]
+
+
+@exercise(
+    "16.2",
+    "each update leaves 1 - momentum of the start. At the limit itself the rule is silent already.",
+)
+def _updates_needed(updates_needed: Any) -> bool:
+    expected = {(0.1, 0.1): 22, (0.01, 0.1): 230, (0.5, 0.25): 2, (0.3, 0.01): 13, (1.0, 0.1): 1}
+    return all(close(updates_needed(*case), k) for case, k in expected.items())
+
+
+@exercise(
+    "16.3",
+    "what is the variance of a mean of m values drawn at random? Divide by that, and take the "
+    "variance of the values over all batches.",
+)
+def _order_ratio(order_ratio: Any) -> bool:
+    batches = sample((50, 8), seed=16)
+    return all(
+        close(order_ratio(x), 8 * x.mean(axis=1).var() / x.var())
+        for x in (batches, np.sort(batches.ravel()).reshape(50, 8))
+    )

@@ -1024,3 +1024,41 @@ def two_kinds(real: ArrayLike, fake: ArrayLike, real_hat: ArrayLike, fake_hat: A
                      transform=axes[0].get_xaxis_transform(), fontsize=9)  # fmt: skip
     plt.close(figure)
     return figure
+
+
+def examination(
+    momentum: float, updates: int, values: int, limits: dict[str, float], found: int
+) -> Figure:
+    """Show the weight of the start over the updates, and three numbers in units of their limits.
+
+    limits: "left", "momentum" and "values", as the doctor's rules have them. found: how many rules
+    apply, for the title.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.7))
+    k, start = np.arange(max(60, updates) + 1), (1 - momentum) ** updates
+    left.plot(k, (1 - momentum) ** k, color=color("eval"))
+    left.plot(updates, start, "o", color=color("eval"), markersize=5)
+    left.axhline(limits["left"], color=color("muted"), linewidth=0.8, linestyle="--")
+    left.set(title="weight of the start", xlabel="updates k", ylim=(0, 1.05))
+    over = [start / limits["left"], momentum / limits["momentum"], limits["values"] / values]
+    right.bar(range(3), np.minimum(over, 3), width=0.6, color=color("eval"), alpha=0.7)
+    right.axhline(1, color=color("muted"), linewidth=0.8, linestyle="--")
+    right.set(title=f"times the limit; {found} found", ylim=(0, 3))
+    right.set_xticks(range(3), ["start\nleft", "momentum", "few\nvalues"], fontsize=8)
+    plt.close(figure)
+    return figure
+
+
+def treatments(cases: dict[str, tuple[float, float]]) -> Figure:
+    """Show a line for each patient, from its accuracy before the treatment to that after, in %."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 0.8 + 0.27 * len(cases)))
+    for row, (before, after) in enumerate(cases.values()):
+        ax.annotate("", (after, row), (before, row),
+                    arrowprops={"arrowstyle": "->", "color": color("muted")})  # fmt: skip
+        ax.plot(before, row, "o", color=color("eval"), markersize=6)
+        ax.plot(after, row, "s", color=color("train"), markersize=6)
+    ax.set_yticks(range(len(cases)), [*cases])
+    ax.set(xlabel="% of the test images right", xlim=(0, 100))
+    ax.invert_yaxis()
+    plt.close(figure)
+    return figure

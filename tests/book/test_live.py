@@ -10,11 +10,20 @@ import re
 import numpy as np
 import pytest
 import quickjs
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
+<<<<<<< /tmp/tmpcwoyr9ix/o
 from bnlib.book import figures, live, style
+||||||| /tmp/tmpcwoyr9ix/b
+from bnlib.book import live, style
+=======
+from bnlib.book import live, style
+from bnlib.doctor import diagnose
+>>>>>>> /tmp/tmpcwoyr9ix/t
 
 FIGURES = sorted(file.stem for file in (live.HERE / "live_figures").glob("*.js"))
 
@@ -241,6 +250,13 @@ def draw_apart(rng):
     return data, {"distance": rng.uniform(0, 8), **choices}
 
 
+def draw_doctor(rng):
+    limits = {"left": rng.uniform(0.05, 0.2), "momentum": rng.uniform(0.2, 0.8), "values": 16}
+    params = {name: int(rng.integers(2)) for name in ("layer", "frozen")}
+    params |= {"momentum": 10 ** rng.uniform(-3, 0), "updates": int(rng.integers(1, 301))}
+    return {"limits": limits}, {**params, "values": int(2 ** rng.integers(10))}
+
+
 DRAW = {
     "normalize": draw_normalize,
     "scale_and_shift": draw_scale_and_shift,
@@ -260,6 +276,7 @@ DRAW = {
     "drift": draw_drift,
     "frozen": draw_frozen,
     "apart": draw_apart,
+    "doctor": draw_doctor,
 }
 
 
@@ -274,6 +291,23 @@ def test_a_figure_computes_what_numpy_computes(in_numpy, name):
         data, params = DRAW[name](rng)
         ours = call(f"figures.{name}.compute", data, params)
         assert_equal(ours, in_numpy[name](data, **params))
+
+
+def test_the_doctor_of_the_figure_is_the_doctor(in_numpy):
+    limits, rng = {"left": 0.1, "momentum": 0.5, "values": 16}, np.random.default_rng(0)
+    for seed in range(20):
+        _, params = draw_doctor(rng)
+        params["updates"] = min(params["updates"], 60)
+        torch.manual_seed(seed)
+        norm = nn.BatchNorm1d(3, momentum=params["momentum"], dtype=torch.float64)
+        model = nn.Sequential(norm)
+        for _ in range(params["updates"]):
+            model(0.01 * torch.randn(64, 3, dtype=torch.float64))
+        norm.requires_grad_(not params["frozen"]).train(not params["layer"])
+        batch = 0.01 * torch.randn(params["values"], 3, dtype=torch.float64)
+        expected = in_numpy["doctor"]({"limits": limits}, **params)["found"]
+        found = diagnose(model, batch, select=expected).findings
+        assert {f.slug for f in found} == {slug for slug, is_there in expected.items() if is_there}
 
 
 @pytest.mark.parametrize("name", FIGURES)

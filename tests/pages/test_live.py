@@ -151,6 +151,16 @@ STEPS = {
         ("combobox", "calls in a step", 2, {"order": 2}),
         ("combobox", "calls in a step", 1, {"order": 1}),
     ],
+    "doctor": [
+        ("slider", "momentum", "End", {"momentum": 1.0}),
+        ("combobox", "its parameters", 0, {"frozen": 0}),
+        ("slider", "values per channel", "Home ArrowRight", {"values": 2}),
+        ("slider", "updates k", "Home ArrowRight", {"updates": 2}),
+        ("slider", "momentum", "Home", {"momentum": 0.001}),
+        ("combobox", "the layer is", 1, {"layer": 1}),
+        ("slider", "updates k", "End", {"updates": 300}),
+        ("combobox", "its parameters", 1, {"frozen": 1}),
+    ],
 }
 
 
@@ -264,6 +274,14 @@ def said_by_apart(result, params):
     return [params["distance"], *means, 100 * result["share"], running["mean"], running["var"]]
 
 
+def said_by_doctor(result, params):
+    limits = result["limits"]
+    return [
+        *(100 * result["left"], 100 * limits["left"]),
+        *(params["momentum"], limits["momentum"], params["values"], limits["values"]),
+    ]
+
+
 SAID = {
     "normalize": said_by_normalize,
     "scale_and_shift": said_by_scale_and_shift,
@@ -283,6 +301,7 @@ SAID = {
     "drift": said_by_drift,
     "frozen": said_by_frozen,
     "apart": said_by_apart,
+    "doctor": said_by_doctor,
 }
 
 
