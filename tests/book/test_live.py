@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-<<<<<<< /tmp/tmpcwoyr9ix/o
 from bnlib.book import figures, live, style
-||||||| /tmp/tmpcwoyr9ix/b
-from bnlib.book import live, style
-=======
-from bnlib.book import live, style
 from bnlib.doctor import diagnose
->>>>>>> /tmp/tmpcwoyr9ix/t
 
 FIGURES = sorted(file.stem for file in (live.HERE / "live_figures").glob("*.js"))
 
