@@ -12,8 +12,8 @@ import torch
 
 from bnlib.book import exercises
 from bnlib.book.exercises import EXERCISES
-from bnlib.gan import frechet_distance
 from bnlib.doctor import diagnose
+from bnlib.gan import frechet_distance
 from bnlib.scratch.layers import Linear
 
 CHAPTERS = sorted((Path(__file__).parents[2] / "chapters").glob("*.ipynb"))
