@@ -668,10 +668,12 @@ def digit_grid(
     as the page allows, whatever the number of columns.
     """
     sheet = tiles(images, columns)
-    height, width = sheet.shape
-    left = 0.1 + 0.075 * max((len(name) for name in rows), default=-1)  # inches for the names
-    tall = (WIDTH - left) * height / width + (0.25 if tops else 0.05)
-    figure, ax = plt.subplots(figsize=(WIDTH, tall))
+    # Inches for the names; the sheet fills what is left to the edges.
+    left = 0.1 + 0.078 * max((len(name) for name in rows), default=-1)
+    top = 0.24 if tops else 0.0
+    tall = top + (WIDTH - left) * sheet.shape[0] / sheet.shape[1]
+    figure = plt.figure(figsize=(WIDTH, tall), layout="none")
+    ax = figure.add_axes((left / WIDTH, 0, 1 - left / WIDTH, 1 - top / tall))
     ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")
     ax.set_yticks(30 * np.arange(len(rows)) + 13.5, rows)
     ax.set_xticks(30 * np.arange(len(tops)) + 13.5, tops)
