@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from bnlib.doctor import diagnose
 from bnlib.doctor.checks import Skip, Subject, norms_of
-from bnlib.doctor.passes import attempt, drift, evaluation, examples, mapped, size_of
+from bnlib.doctor.passes import attempt, distances, evaluation, examples, mapped, size_of
 from bnlib.statistics import recalibrate
 
 NEED_A_BATCH = {
@@ -358,7 +358,7 @@ class TestDrift:
         model[0].running_mean += torch.tensor([0.5, 1.0, 2.0])
         subject = Subject(norms_of(model), model, x)
         (call,) = attempt(subject).calls
-        value, noise = drift(subject.norms[0], call)
+        value, _, noise = distances(subject.norms[0], call)
         z = x.double().numpy()
         trained = (z - z.mean((0, 2, 3), keepdims=True)) / np.sqrt(
             z.var((0, 2, 3), keepdims=True) + 1e-3
@@ -375,7 +375,7 @@ class TestDrift:
             model = nn.Sequential(nn.BatchNorm1d(8, momentum=0.0))
             model[0].running_var.fill_(15)  # of the cube of a normal number
             subject = Subject(norms_of(model), model, x)
-            value, noise = drift(subject.norms[0], attempt(subject).calls[0])
+            value, _, noise = distances(subject.norms[0], attempt(subject).calls[0])
             ratios.append(value / noise)
         assert 0.5 < np.median(ratios) < 1.5
 
