@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_rules import lively, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from bnlib.doctor import diagnose
@@ -196,6 +197,15 @@ class TestWhatCannotBeProbed:
         assert report.skipped["last-batch-of-one"] == "the loader's data have no length"
         assert "not-iid" in report.rules_checked
 
+    def test_a_loader_that_raises(self):
+        def broken():
+            raise OSError("the disk is gone")
+            yield
+
+        report = diagnose(cases.network(), loader=broken())
+        assert report.skipped["few-values"] == "the loader raised OSError: the disk is gone"
+        assert "mode-mismatch" in report.rules_checked
+
     def test_a_generator_does_not_tell_its_last_batch(self):
         report = diagnose(cases.network(), loader=(cases.data(8) for _ in range(9)))
         assert "last-batch-of-one" in report.skipped
@@ -343,6 +353,22 @@ class TestUpdates:
     def test_a_model_that_evaluates_is_asked_to_train(self):
         report = diagnose(cases.Twice().eval(), cases.data(), select=["updates-per-step"])
         assert {f.value for f in report.findings} == {2}
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("affine", [False, True])
+    def test_under_either_kind_of_checkpoint(self, reentrant, affine):
+        class Halves(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+                self.second = nn.Sequential(nn.BatchNorm1d(8, affine=affine), nn.Linear(8, 3))
+
+            def forward(self, x):
+                return checkpoint(self.second, self.first(x), use_reentrant=reentrant)
+
+        batch = cases.data(), cases.labels()
+        report = diagnose(Halves(), batch, loss=cases.cross_entropy, select=["updates-per-step"])
+        assert [(f.layer, f.value) for f in report.findings] == [("second.0", 2)]
 
     def test_a_layer_that_stays_frozen_is_not_counted(self):
         model = cases.Twice()
