@@ -11,6 +11,7 @@ BatchNorm", section 3; PyTorch, torch.optim.swa_utils.update_bn.
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -271,7 +272,9 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-        if hasattr(torch.compiler, "set_stance"):  # compiled code would not call the hooks
+        # Compiled code would not call the hooks. Where nothing is compiled, set_stance would only
+        # import the compiler, which takes seconds.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             yield

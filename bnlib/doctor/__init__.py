@@ -76,7 +76,10 @@ def diagnose(
         subject.norms = norms_of(model)
         subject.wanted = None if checkpoint is None else model.state_dict()
         if batch is None and loader is not None:
-            subject.batch = next(iter(loader), None)
+            try:
+                subject.batch = next(iter(loader), None)
+            except Exception as error:
+                subject.passes["batch"] = Skip(f"the loader raised {described(error)}")
         return _report(subject, rules)
 
 
@@ -112,7 +115,7 @@ def _report(subject: Subject, rules: Iterable[Rule]) -> Report:
         try:
             for need in rule.needs:
                 if getattr(subject, need) is None:
-                    raise Skip(f"it needs {ASKED[need]}")
+                    raise subject.passes.get(need) or Skip(f"it needs {ASKED[need]}")
             for severity, layer, value, threshold, said, fix in [*rule.check(subject)]:
                 numbers = float(value), float(threshold)
                 message = f"{said} {rule.why}"

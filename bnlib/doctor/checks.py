@@ -17,6 +17,31 @@ from torch.nn.parameter import is_lazy
 
 from bnlib.doctor.report import Severity
 
+SECTIONS = {
+    "BN101": "13-the-wrong-mode#you-wake-the-dropout-and-batch-normalization-with-it",
+    "BN102": "14-frozen-layers#you-freeze-the-parameters-and-the-layer-still-changes",
+    "BN103": "15-statistics-gone-wrong#a-target-network-that-gets-the-parameters-alone",
+    "BN104": "12-two-modes#you-evaluate-before-the-statistics-have-arrived",
+    "BN105": "15-statistics-gone-wrong#one-nan-in-one-batch",
+    "BN106": "01-normalize-a-batch#epsilon",
+    "BN107": "14-frozen-layers#you-pass-epsilon-where-you-mean-momentum",
+    "BN108": "12-two-modes#you-copy-a-momentum-from-the-other-side",
+    "BN109": "12-two-modes#you-switch-tracking-off-and-eval-has-nothing-to-evaluate-with",
+    "BN110": "15-statistics-gone-wrong#statistics-in-half-precision",
+    "BN111": "14-frozen-layers#you-load-a-checkpoint-with-missing-keys",
+    "BN112": "14-frozen-layers#weight-decay-on-gamma",
+    "BN113": "14-frozen-layers#you-delete-the-bias-because-it-is-redundant",
+    "BN114": "15-statistics-gone-wrong#dropout-before-batch-normalization",
+    "BN201": "13-the-wrong-mode#the-answer-depends-on-the-companions",
+    "BN202": "15-statistics-gone-wrong#trained-here-used-there",
+    "BN203": "13-the-wrong-mode#one-value-per-channel",
+    "BN204": "15-statistics-gone-wrong#counted-more-than-once",
+    "BN205": "13-the-wrong-mode#you-only-look-and-the-statistics-move",
+    "BN206": "15-statistics-gone-wrong#recalibrate-well",
+    "BN207": "18-where-it-goes-in-a-gan#the-gradient-penalty",
+    "BN301": "13-the-wrong-mode#the-last-batch-of-one",
+    "BN302": "15-statistics-gone-wrong#a-pass-in-sorted-order",
+}
 SCRIPTED = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
 STATISTICS = ("running_mean", "running_var")
 RECALIBRATE = "bnlib.statistics.recalibrate(model, loader)"
@@ -102,11 +127,10 @@ Check = Callable[[Subject], Iterator[Found]]
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule: its names, the section of the book that shows the mistake, and what it needs."""
+    """A rule: its names, and the parts of a `Subject` that it cannot do without."""
 
     id: str
     slug: str
-    section: str
     needs: tuple[str, ...]
     check: Check
 
@@ -115,15 +139,20 @@ class Rule:
         """The second paragraph of its docstring."""
         return " ".join((getdoc(self.check) or "\n\n").split("\n\n")[1].split())
 
+    @property
+    def section(self) -> str:
+        """The section of the book that shows the mistake: page#heading."""
+        return SECTIONS[self.id]
+
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(id: str, slug: str, section: str, *needs: str) -> Callable[[Check], Check]:
+def rule(id: str, slug: str, *needs: str) -> Callable[[Check], Check]:
     """Enter a function into `RULES`. needs: attributes of the subject that may not be None."""
 
     def enter(check: Check) -> Check:
-        RULES[slug] = Rule(id, slug, section, needs, check)
+        RULES[slug] = Rule(id, slug, needs, check)
         return check
 
     return enter
@@ -182,7 +211,7 @@ def is_frozen(subject: Subject, norm: Norm) -> bool:
     return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
-@rule("BN101", "mode-mismatch", "13-the-wrong-mode", "model")
+@rule("BN101", "mode-mismatch", "model")
 def mode_mismatch(subject: Subject) -> Iterator[Found]:
     """Find a batch norm whose training flag is not that of the model.
 
@@ -201,7 +230,7 @@ def mode_mismatch(subject: Subject) -> Iterator[Found]:
             yield Found("warning", norm.name, 0, 1, said, "model.train()")
 
 
-@rule("BN102", "frozen-but-training", "14-frozen-layers", "model")
+@rule("BN102", "frozen-but-training", "model")
 def frozen_but_training(subject: Subject) -> Iterator[Found]:
     """Find a batch norm whose parameters are frozen while its statistics move.
 
@@ -217,7 +246,7 @@ def frozen_but_training(subject: Subject) -> Iterator[Found]:
             yield Found("warning", norm.name, share, 0, said, f"{at(norm.name)}.eval()")
 
 
-@rule("BN103", "never-updated", "15-statistics-gone-wrong")
+@rule("BN103", "never-updated")
 def never_updated(subject: Subject) -> Iterator[Found]:
     """Find statistics that are what they were made with.
 
@@ -236,7 +265,7 @@ def never_updated(subject: Subject) -> Iterator[Found]:
             yield Found(severity, norm.name, 0, 1, said, RECALIBRATE)
 
 
-@rule("BN105", "non-finite-statistics", "15-statistics-gone-wrong")
+@rule("BN105", "non-finite-statistics")
 def non_finite_statistics(subject: Subject) -> Iterator[Found]:
     """Find channels whose running mean or variance is NaN or infinite, or the variance negative.
 
@@ -251,7 +280,7 @@ def non_finite_statistics(subject: Subject) -> Iterator[Found]:
                 yield Found("error", norm.name, int(bad.sum()), 0, said, fix)
 
 
-@rule("BN106", "dead-channel", "15-statistics-gone-wrong")
+@rule("BN106", "dead-channel")
 def dead_channel(subject: Subject) -> Iterator[Found]:
     """Find channels whose variance is below 1e-5, PyTorch's eps: their share of the layer.
 
@@ -272,7 +301,7 @@ def dead_channel(subject: Subject) -> Iterator[Found]:
             yield Found(severity, norm.name, share, 0.5, said, fix)
 
 
-@rule("BN107", "eps-out-of-range", "14-frozen-layers", "model")
+@rule("BN107", "eps-out-of-range", "model")
 def eps_out_of_range(subject: Subject) -> Iterator[Found]:
     """Find an eps that is 0 or less, or above 1e-2.
 
@@ -289,7 +318,7 @@ def eps_out_of_range(subject: Subject) -> Iterator[Found]:
             yield Found("error" if norm.eps else "warning", norm.name, norm.eps, 0, said, fix)
 
 
-@rule("BN108", "momentum-convention", "12-two-modes", "model")
+@rule("BN108", "momentum-convention", "model")
 def momentum_convention(subject: Subject) -> Iterator[Found]:
     """Find a momentum above 0.5.
 
@@ -303,7 +332,7 @@ def momentum_convention(subject: Subject) -> Iterator[Found]:
             yield Found("warning", norm.name, norm.momentum, 0.5, said, fix)
 
 
-@rule("BN109", "no-running-statistics", "12-two-modes", "model")
+@rule("BN109", "no-running-statistics", "model")
 def no_running_statistics(subject: Subject) -> Iterator[Found]:
     """Find a batch norm without running statistics.
 
@@ -316,7 +345,7 @@ def no_running_statistics(subject: Subject) -> Iterator[Found]:
             yield Found("warning", norm.name, 0, 2, said, fix)
 
 
-@rule("BN110", "half-precision-statistics", "15-statistics-gone-wrong")
+@rule("BN110", "half-precision-statistics")
 def half_precision_statistics(subject: Subject) -> Iterator[Found]:
     """Find running statistics with fewer digits than float32: the distance from 1 to the next one.
 
@@ -333,7 +362,7 @@ def half_precision_statistics(subject: Subject) -> Iterator[Found]:
             yield Found(severity, norm.name, torch.finfo(norm.dtype).eps, limit, said, fix)
 
 
-@rule("BN111", "missing-keys", "14-frozen-layers", "checkpoint", "wanted")
+@rule("BN111", "missing-keys", "checkpoint", "wanted")
 def missing_keys(subject: Subject) -> Iterator[Found]:
     """Find batch norms whose entries a checkpoint lacks, has in another shape, or has too many of.
 
@@ -363,7 +392,7 @@ def _shape(state: Mapping[str, Any], key: str) -> Any:
     return getattr(state.get(key), "shape", None)
 
 
-@rule("BN112", "weight-decay", "14-frozen-layers", "model", "optimizer")
+@rule("BN112", "weight-decay", "model", "optimizer")
 def weight_decay(subject: Subject) -> Iterator[Found]:
     """Note a gamma or beta that the optimizer decays toward 0.
 

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from typing import Any, TypeVar
 
@@ -25,7 +25,6 @@ from bnlib.statistics import batch_norms, call
 
 T = TypeVar("T")
 Chain = tuple[nn.Module, ...]  # the layers that a tensor comes through, the nearest last
-Parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def once(run: Callable[[Subject], T]) -> Callable[[Subject], T]:
@@ -99,12 +98,10 @@ def given(subject: Subject, batch: Any) -> Any:
 
 def unwrapped(model: Any, prefix: str = "") -> tuple[nn.Module, str]:
     """Return what a compiled or parallel model holds, and how the names in it begin."""
-    for name, wraps_it in (
-        ("_orig_mod", hasattr),
-        ("module", lambda m, _: isinstance(m, Parallel)),
-    ):
-        if wraps_it(model, name):
-            return unwrapped(getattr(model, name), f"{prefix}{name}.")
+    if hasattr(model, "_orig_mod"):
+        return unwrapped(model._orig_mod, f"{prefix}_orig_mod.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module, f"{prefix}module.")
     return model, prefix
 
 
@@ -127,23 +124,24 @@ def copied(subject: Subject, *, training: bool) -> nn.Module:
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
     """Put a model back as it was, should a loss have used it and not the copy that it was given."""
-    modules = [(m, m.training, dict(m._buffers)) for m in model.modules()]
+    modules = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     kept = [
-        (x, x.detach().clone(), x.grad, None if x.grad is None else x.grad.detach().clone())
-        for x in (*model.parameters(), *model.buffers())
-        if not is_lazy(x)
+        (x, x.detach().clone()) for x in (*model.parameters(), *model.buffers()) if not is_lazy(x)
     ]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    kept += [(grad, grad.clone()) for _, grad in gradients if grad is not None]
     try:
         yield
     finally:
-        for module, mode, buffers in modules:
+        for module, mode, parameters, buffers in modules:
             module.training = mode
+            module._parameters.update(parameters)
             module._buffers.update(buffers)
-        for x, value, grad, grad_value in kept:
-            x.grad = grad
-            for now, before in ((x.detach(), value), (grad, grad_value)):
-                if now is not None and before is not None and not torch.equal(now, before):
-                    now.copy_(before)
+        for p, grad in gradients:
+            p.grad = grad
+        for x, value in kept:
+            if not torch.equal(x, value):
+                x.detach().copy_(value)
 
 
 # A training step
@@ -217,7 +215,7 @@ def attempt(subject: Subject) -> Step:
                 loss = subject.loss(model, given(subject, subject.batch))
                 if not outputs and not step.calls:
                     raise Skip("the loss did not use the model that it got as its argument")
-                loss.backward()  # type: ignore[no-untyped-call]
+                backward(model, loss)
     except Skip as reason:
         step.failed = reason
     except Exception as error:
@@ -225,6 +223,21 @@ def attempt(subject: Subject) -> Step:
     after = counters(model)
     step.updates = {prefix + name: after.get(name, n) - n for name, n in before.items()}
     return step
+
+
+def backward(model: nn.Module, loss: Any) -> None:
+    """Run the backward pass, where checkpointing runs layers again; as little of it as reaches all.
+
+    That is the gradients of the batch norms' parameters; of all others, if one has none, or under a
+    checkpoint with use_reentrant=True, which takes no choice.
+    """
+    norms = [module for _, module in batch_norms(model)]
+    chosen = [p for module in norms for p in module.parameters() if p.requires_grad]
+    if chosen and all(any(p.requires_grad for p in module.parameters()) for module in norms):
+        with suppress(RuntimeError):
+            loss.backward(inputs=chosen, retain_graph=True)
+            return
+    loss.backward()
 
 
 def whole_step(subject: Subject) -> Step:
@@ -243,59 +256,50 @@ def counters(model: nn.Module) -> dict[str, int]:
 
 def measured(name: str, x: Tensor) -> Call:
     """Return the moments of a batch norm's input, shape (N, C) or (N, C, ...)."""
-    x = (x if x.dim() > 2 else x[..., None]).flatten(2).float()
+    x = (x if x.dim() > 2 else x[..., None]).flatten(2)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     n, means = len(x), x.mean(2)
     mean = means.mean(0)
-    squares = (x - mean[:, None]).square().mean(2)
+    squares = torch.linalg.vector_norm(x - mean[:, None], dim=2).square() / x.shape[2]
     errors = [v.std(0, correction=0) / math.sqrt(max(n - 1, 1)) for v in (means, squares)]
     return Call(name, n, n * x.shape[2], *(v.cpu() for v in (mean, squares.mean(0), *errors)))
 
 
-def drift(norm: Norm, seen: Call) -> tuple[float, float]:
-    """Return how far running statistics are from a batch's, and how much of that is sampling.
+def distances(norm: Norm, seen: Call) -> tuple[float, float, float]:
+    """Return how far the running statistics are from a batch's, and how far chance puts them.
 
-    Root mean squares over channels of the distance between the normalized outputs with the two:
-    sqrt(d**2 + (r - 1)**2), with d the difference of the means and r the ratio of the standard
-    deviations, in units of the running one. Taken with the initial values or without, whichever is
-    nearer.
+    First from the batch's own; then from those with the share of the initial 0 and 1 that the layer
+    should hold. Each is a root mean square over channels of sqrt(d**2 + (r - 1)**2), with d the
+    difference of the means and r the ratio of the standard deviations, in units of the running one:
+    so far apart are the normalized outputs with the two. The last is the standard error of that.
     """
+    left, running = norm.left, norm.mean
     scale = norm.var + norm.eps  # type: ignore[operator]
-    ratio = ((seen.var + norm.eps) / scale).sqrt()
-    noise = seen.mean_error.square() / scale
-    noise = noise + (seen.var_error / (2 * (seen.var + norm.eps)) * ratio).square()
-    old = 2 / (2 - (norm.momentum or 0))  # a running average of such batches varies as well
-    nearest = min(_distance(norm, seen), _distance(norm, blended(norm, seen)))
-    return nearest, float((old * noise).mean().sqrt())
 
+    def far(mean: Tensor, var: Tensor) -> float:
+        shift, ratio = (mean - running).square() / scale, ((var + norm.eps) / scale).sqrt()  # type: ignore[operator]
+        return float((shift + (ratio - 1).square()).mean().sqrt())
 
-def _distance(norm: Norm, seen: Call) -> float:
-    scale = norm.var + norm.eps  # type: ignore[operator]
-    shift = (seen.mean - norm.mean).square() / scale  # type: ignore[operator]
-    return float((shift + (((seen.var + norm.eps) / scale).sqrt() - 1).square()).mean().sqrt())
-
-
-def blended(norm: Norm, seen: Call) -> Call:
-    """Return a batch's moments with the share of the initial 0 and 1 that a layer should have."""
-    left = norm.left
-    return replace(seen, mean=(1 - left) * seen.mean, var=(1 - left) * seen.var + left)
+    errors = seen.mean_error.square() / scale
+    errors = errors + seen.var_error.square() / (4 * scale * (seen.var + norm.eps))
+    errors = errors * 2 / (2 - (norm.momentum or 0))  # a running average of such batches errs too
+    mixed = far((1 - left) * seen.mean, (1 - left) * seen.var + left)
+    return far(seen.mean, seen.var), mixed, float(errors.mean().sqrt())
 
 
 def left_of(subject: Subject, norm: Norm) -> float:
     """Return the weight of the initial values, but 0 if a batch shows that there are none.
 
     So it is after a recalibration, which counts few batches and keeps nothing from before: the
-    statistics are nearer to the batch's own than to what they should be, or hardly differ.
+    statistics are nearer to the batch's own than to what they should be, or as near as chance.
     """
-    if not 0 < norm.left < 1 or subject.batch is None:
-        return norm.left
-    with suppress(Skip):
-        for seen in whole_step(subject).calls:
-            if seen.name == norm.name:
-                near = max(
-                    _distance(norm, blended(norm, seen)), min(1.5 * drift(norm, seen)[1], 0.25)
-                )
-                if _distance(norm, seen) < near:
-                    return 0.0
+    if 0 < norm.left < 1 and subject.batch is not None:
+        with suppress(Skip):
+            for seen in whole_step(subject).calls:
+                if seen.name == norm.name:
+                    own, mixed, error = distances(norm, seen)
+                    if own < max(mixed, min(1.5 * error, 0.25)):
+                        return 0.0
     return norm.left
 
 
@@ -409,7 +413,7 @@ def layers_before(subject: Subject) -> Iterator[tuple[Norm, Chain]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One call of a layer: its input for the first example, its output for the first eight."""
+    """One call of a layer: the first row of its input and of its output; of the model's, all."""
 
     name: str
     x: Tensor
@@ -418,7 +422,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A copy that has evaluated the batch: its layers' calls, and the buffers that moved."""
+    """A copy that has evaluated some examples: its layers' calls, and the buffers that moved."""
 
     model: nn.Module
     rows: list[Row]
@@ -427,11 +431,15 @@ class Evaluation:
 
 @once
 def evaluation(subject: Subject) -> Evaluation:
-    """Evaluate the batch."""
+    """Evaluate the first eight examples, or the whole batch if it cannot be cut."""
     model, moved = copied(subject, training=False), dict[str, float]()
     _, prefix = unwrapped(subject.model)
-    before = {name: x.clone() for name, x in model.named_buffers() if not is_lazy(x)}
-    rows = first_rows(model, given(subject, subject.batch))
+    buffers = [(name, x) for name, x in model.named_buffers() if not is_lazy(x)]
+    before = {name: x.clone() for name, x in buffers if x.is_floating_point()}
+    try:
+        rows = rows_of(model, given(subject, examples(subject.batch, slice(8))))
+    except Exception:
+        rows = rows_of(model, given(subject, subject.batch))
     for name, x in model.named_buffers():
         if name in before and not torch.equal(x.nan_to_num(), before[name].nan_to_num()):
             layer = prefix + name.rpartition(".")[0]
@@ -440,21 +448,21 @@ def evaluation(subject: Subject) -> Evaluation:
     return Evaluation(model, rows, moved)
 
 
-def first_rows(model: nn.Module, batch: Any) -> list[Row]:
+def rows_of(model: nn.Module, batch: Any) -> list[Row]:
     """Evaluate a batch; return the calls of the layers in their order, the model's own last."""
     rows: list[Row] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str) -> None:
         x = next(iter(tensors([args, kwargs])), None)
-        if x is not None and len(x) > 1:
+        if x is not None and len(x):
             ys = [y for y in tensors(output) if len(y) == len(x) and not y.is_complex()]
-            y = [y[:8].detach().flatten(1) for y in ys]
+            y = [y[: None if module is model else 1].detach().flatten(1) for y in ys]
             rows.append(Row(name, x[0].detach().clone(), torch.cat(y or [x.new_empty(1, 0)], 1)))
 
     handles = [
         module.register_forward_hook(partial(note, name=name), with_kwargs=True)
         for name, module in model.named_modules()
-        if not name or is_layer(module)
+        if module is model or is_layer(module)
     ]
     try:
         with torch.no_grad():

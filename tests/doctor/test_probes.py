@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from test_rules import lively, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from bnlib.doctor import diagnose
 from bnlib.doctor.checks import Skip, Subject, norms_of
-from bnlib.doctor.passes import attempt, drift, evaluation, examples, mapped, size_of
+from bnlib.doctor.passes import attempt, distances, evaluation, examples, mapped, size_of
 from bnlib.statistics import recalibrate
 
 NEED_A_BATCH = {
@@ -176,7 +177,7 @@ class TestWhatCannotBeProbed:
                 return x.mean()
 
         report = diagnose(nn.Sequential(cases.network(), Mean()), cases.data())
-        assert "no row for each example" in report.skipped["batch-dependent"]
+        assert "has no row for each" in report.skipped["batch-dependent"]
 
     def test_a_loss_that_raises(self):
         def loss(model, batch):
@@ -195,6 +196,15 @@ class TestWhatCannotBeProbed:
         report = diagnose(cases.network(), loader=DataLoader(Endless(), 8))
         assert report.skipped["last-batch-of-one"] == "the loader's data have no length"
         assert "not-iid" in report.rules_checked
+
+    def test_a_loader_that_raises(self):
+        def broken():
+            raise OSError("the disk is gone")
+            yield
+
+        report = diagnose(cases.network(), loader=broken())
+        assert report.skipped["few-values"] == "the loader raised OSError: the disk is gone"
+        assert "mode-mismatch" in report.rules_checked
 
     def test_a_generator_does_not_tell_its_last_batch(self):
         report = diagnose(cases.network(), loader=(cases.data(8) for _ in range(9)))
@@ -344,6 +354,22 @@ class TestUpdates:
         report = diagnose(cases.Twice().eval(), cases.data(), select=["updates-per-step"])
         assert {f.value for f in report.findings} == {2}
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("affine", [False, True])
+    def test_under_either_kind_of_checkpoint(self, reentrant, affine):
+        class Halves(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
+                self.second = nn.Sequential(nn.BatchNorm1d(8, affine=affine), nn.Linear(8, 3))
+
+            def forward(self, x):
+                return checkpoint(self.second, self.first(x), use_reentrant=reentrant)
+
+        batch = cases.data(), cases.labels()
+        report = diagnose(Halves(), batch, loss=cases.cross_entropy, select=["updates-per-step"])
+        assert [(f.layer, f.value) for f in report.findings] == [("second.0", 2)]
+
     def test_a_layer_that_stays_frozen_is_not_counted(self):
         model = cases.Twice()
         model.net[1].eval()
@@ -358,7 +384,7 @@ class TestDrift:
         model[0].running_mean += torch.tensor([0.5, 1.0, 2.0])
         subject = Subject(norms_of(model), model, x)
         (call,) = attempt(subject).calls
-        value, noise = drift(subject.norms[0], call)
+        value, _, noise = distances(subject.norms[0], call)
         z = x.double().numpy()
         trained = (z - z.mean((0, 2, 3), keepdims=True)) / np.sqrt(
             z.var((0, 2, 3), keepdims=True) + 1e-3
@@ -375,7 +401,7 @@ class TestDrift:
             model = nn.Sequential(nn.BatchNorm1d(8, momentum=0.0))
             model[0].running_var.fill_(15)  # of the cube of a normal number
             subject = Subject(norms_of(model), model, x)
-            value, noise = drift(subject.norms[0], attempt(subject).calls[0])
+            value, _, noise = distances(subject.norms[0], attempt(subject).calls[0])
             ratios.append(value / noise)
         assert 0.5 < np.median(ratios) < 1.5
 
