@@ -108,7 +108,7 @@ def dropout_before(subject: Subject) -> Iterator[Found]:
 def batch_dependent(subject: Subject) -> Iterator[Found]:
     """Find outputs of one example, in evaluation, that change with its companions.
 
-    They must not. In eight known networks rounding gave 0, a batch norm in training 0.017 or more.
+    They must not. In eight known networks rounding gave 0, one batch norm in training 0.017 and up.
 
     The first example is evaluated among the first eight, and among copies of itself: some models
     refuse a batch of one, and copies that come out different tell a random output. The value is the
