@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 COLOURS = {"error": "red", "warning": "yellow", "note": "blue"}
-WIDTH = 80
+WIDTH = 75  # what a page of the book holds, and a terminal of 80 columns
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,10 @@ class Report:
     def __str__(self) -> str:
         lines = [self._counts()]
         if self.findings:
-            lines += ["", f"{'':8}{'rule':32}{'layer':23}{'found':>8} {'limit':>8}"]
+            lines += ["", f"{'':8}{'rule':32}{'layer':18}{'found':>8} {'limit':>8}"]
         for severity, rule, layer, value, limit, _ in self._rows():
-            layer = layer if len(layer) <= 22 else "…" + layer[-21:]
-            lines.append(f"{severity:8}{rule:32}{layer:23}{value:>8} {limit:>8}".rstrip())
+            layer = layer if len(layer) <= 17 else "…" + layer[-16:]
+            lines.append(f"{severity:8}{rule:32}{layer:18}{value:>8} {limit:>8}".rstrip())
         for finding in self._first_of_each():
             name = f"{finding.rule} {finding.slug}"
             lines += ["", *_wrapped(f"{name}: {_visible(finding.message)}")]
