@@ -69,6 +69,7 @@ def diagnose(
     generator = getattr(loader, "generator", None)
     with ExitStack() as stack:
         stack.enter_context(_as_before(model))
+        stack.enter_context(torch.inference_mode(False))
         if isinstance(generator, torch.Generator):
             stack.callback(generator.set_state, generator.get_state())
         if loss is not None:

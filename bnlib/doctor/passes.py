@@ -215,7 +215,8 @@ def attempt(subject: Subject) -> Step:
                 loss = subject.loss(model, given(subject, subject.batch))
                 if not outputs and not step.calls:
                     raise Skip("the loss did not use the model that it got as its argument")
-                backward(model, loss)
+                if loss.requires_grad:  # not if all is frozen
+                    backward(model, loss)
     except Skip as reason:
         step.failed = reason
     except Exception as error:

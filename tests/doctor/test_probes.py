@@ -132,6 +132,27 @@ class TestModelsOfAnyKind:
         assert [f.slug for f in report.findings] == ["batch-dependent"]
 
 
+BATCH = cases.data(), cases.labels()
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_wherever_it_is_called(context):
+    with context():
+        report = diagnose(cases.network(), BATCH, loss=cases.cross_entropy, loader=[BATCH] * 6)
+    assert report.findings == []
+    assert set(report.skipped) == {"missing-keys", "weight-decay"}
+
+
+def test_a_model_that_is_frozen_as_a_whole_takes_a_step_too():
+    model = cases.Twice().requires_grad_(False)
+    report = diagnose(model, BATCH, loss=cases.cross_entropy, select=["updates-per-step"])
+    assert [f.value for f in report.findings] == [2, 2]
+
+
 class TestWhatCannotBeProbed:
     def reasons(self, report):
         assert "dead-channel" in report.rules_checked
