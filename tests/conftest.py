@@ -1,4 +1,4 @@
-"""What NumPy computes for the live figures, for the tests with and without a browser."""
+"""What several tests share: one thread, and what NumPy computes for the live figures."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,17 @@ import pytest
 from bnlib.scratch import functional
 
 EPS = 1e-5
+
+
+@pytest.fixture
+def one_thread():
+    """Keep PyTorch's small matrix products on one thread: a second one waits more than it works."""
+    import torch  # here, since the tests of NumPy's part do without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def moments(values):

@@ -99,13 +99,25 @@ def train(model: nn.Module, data: Any, loss: Any = classify, lr: float = 0.05) -
     return model
 
 
+def conv(channels_in: int, channels: int, size: int = 3, **options: Any) -> nn.Sequential:
+    """A convolution, a batch norm at 1, and a ReLU."""
+    layer = nn.Conv2d(channels_in, channels, size, **{"bias": False, **options})
+    return nn.Sequential(layer, nn.BatchNorm2d(channels), nn.ReLU())
+
+
+def dense(inputs: int, nodes: int, **options: Any) -> nn.Sequential:
+    """A linear layer, a batch norm at 1, and a ReLU."""
+    layer = nn.Linear(inputs, nodes, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm1d(nodes, **options), nn.ReLU())
+
+
 def mlp(*middle: nn.Module, momentum: float | None = 0.1, width: int = 32) -> nn.Sequential:
     """196, 32, 32, 10; batch norms at 2 and 5."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(196, width, bias=False), nn.BatchNorm1d(width, momentum=momentum), nn.ReLU(),
-        nn.Linear(width, width, bias=False), nn.BatchNorm1d(width, momentum=momentum), nn.ReLU(),
+        *dense(196, width, momentum=momentum),
+        *dense(width, width, momentum=momentum),
         *middle,
         nn.Linear(width, 10),
     )  # fmt: skip
@@ -129,9 +141,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: nn.Module | None = None):
         super().__init__()
         self.backbone = backbone or convolutions()
-        self.head = nn.Sequential(
-            nn.Linear(64, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)
-        )
+        self.head = nn.Sequential(*dense(64, 32), nn.Linear(32, 10))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.backbone(x))
@@ -157,9 +167,7 @@ class ResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-        )
+        self.stem = conv(1, 8, stride=2)
         self.layer1, self.layer2 = Residual(), Residual()
         self.fc = nn.Linear(8 * 9, 10)
 
@@ -174,15 +182,10 @@ class UNet(nn.Module):
     def __init__(self, bias: bool = False):
         super().__init__()
         torch.manual_seed(0)
-        self.down = self.block(1, 8, bias)
-        self.middle = self.block(8, 8, bias)
-        self.up = self.block(16, 8, bias)
+        self.down = conv(1, 8, padding=1, bias=bias)
+        self.middle = conv(8, 8, padding=1, bias=bias)
+        self.up = conv(16, 8, padding=1, bias=bias)
         self.out = nn.Conv2d(8, 1, 1)
-
-    @staticmethod
-    def block(channels_in: int, channels: int, bias: bool) -> nn.Sequential:
-        conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=bias)
-        return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.down(x)
@@ -194,6 +197,13 @@ def ink(model: nn.Module, batch: Any) -> Tensor:
     """The loss of a segmentation: which pixels are ink, under noise."""
     inputs, _ = batch
     return F.binary_cross_entropy_with_logits(model(inputs), (inputs > 0.3).float())
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, share: float) -> None:
+    """Take a share of a model's parameters into an average of them."""
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, share)
 
 
 def freeze(module: nn.Module) -> None:
@@ -266,8 +276,8 @@ def target_network(mended: bool) -> dict[str, Any]:
         def __init__(self) -> None:
             super().__init__()
             self.q = nn.Sequential(
-                nn.Linear(6, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(),
-                nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 1),
+                *dense(6, 32),
+                *dense(32, 32), nn.Linear(32, 1),
             )  # fmt: skip
 
         def forward(self, state: Tensor, action: Tensor) -> Tensor:
@@ -283,12 +293,8 @@ def target_network(mended: bool) -> dict[str, Any]:
     replay = [{"state": 3 * torch.randn(64, 4) + 2, "action": torch.rand(64, 2)} for _ in range(60)]
     for step in replay:
         train(critic, [step], bellman, lr=0.01)
-        with torch.no_grad():
-            for new, old in zip(critic.parameters(), target.parameters(), strict=True):
-                old.lerp_(new, 0.1)
-    with torch.no_grad():
-        for new, old in zip(critic.parameters(), target.parameters(), strict=True):
-            old.copy_(new)
+        follow(target, critic, 0.1)
+    follow(target, critic, 1)
     if mended:
         for new, old in zip(critic.buffers(), target.buffers(), strict=True):
             old.copy_(new)
@@ -303,12 +309,8 @@ def decoder_that_never_learned(mended: bool) -> dict[str, Any]:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.encoder = nn.Sequential(
-                nn.Linear(196, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()
-            )
-            self.decoder = nn.Sequential(
-                nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 196)
-            )
+            self.encoder = dense(196, 32)
+            self.decoder = nn.Sequential(*dense(32, 32), nn.Linear(32, 196))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.decoder(self.encoder(x.flatten(1)))
@@ -405,7 +407,7 @@ def constant_columns(mended: bool) -> dict[str, Any]:
     width = int(used.sum()) if mended else 196
     model = nn.Sequential(
         nn.BatchNorm1d(width),
-        nn.Linear(width, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10),
+        *dense(width, 32), nn.Linear(32, 10),
     )  # fmt: skip
     train(model, [(columns(x), y) for x, y in batches(60, size=64)])
     return {"model": model.eval(), "batch": columns(X[2000:2256])}
@@ -441,9 +443,7 @@ def epsilon_from_a_width(mended: bool) -> dict[str, Any]:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.narrow = nn.Sequential(
-                nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-            )
+            self.narrow = conv(1, 8, padding=1)
             self.wide = nn.Sequential(
                 nn.Conv2d(1, 8, 5, padding=2, bias=False),
                 nn.BatchNorm2d(8) if mended else nn.BatchNorm2d(8, 8), nn.ReLU(),
@@ -686,9 +686,7 @@ class Segmenter(nn.Module):
     def __init__(self, norm: nn.Module):
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-        )
+        self.body = conv(1, 8, padding=1)
         self.pool = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1, bias=False), norm, nn.ReLU()
         )
@@ -717,9 +715,7 @@ def clouds_by_the_four(mended: bool) -> dict[str, Any]:
             self.points = nn.Sequential(
                 nn.Conv1d(3, 32, 1, bias=False), nn.BatchNorm1d(32), nn.ReLU()
             )
-            self.fc = nn.Sequential(
-                nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)
-            )
+            self.fc = nn.Sequential(*dense(32, 32), nn.Linear(32, 10))
 
         def forward(self, cloud: Tensor) -> Tensor:
             return self.fc(self.points(cloud).amax(2))
@@ -769,15 +765,13 @@ def one_norm_for_all_scales(mended: bool) -> dict[str, Any]:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.backbone = nn.Sequential(
-                nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-            )
-            conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+            self.backbone = conv(1, 8, padding=1)
+            shared = nn.Conv2d(8, 8, 3, padding=1, bias=False)
             if mended:
-                self.conv = conv
+                self.conv = shared
                 self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
             else:
-                self.head = nn.Sequential(conv, nn.BatchNorm2d(8))
+                self.head = nn.Sequential(shared, nn.BatchNorm2d(8))
             self.fc = nn.Linear(24, 10)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -800,12 +794,8 @@ def checkpointed(mended: bool) -> dict[str, Any]:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.stem = nn.Sequential(
-                nn.Conv2d(1, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU()
-            )
-            self.block = nn.Sequential(
-                nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-            )
+            self.stem = conv(1, 8, stride=2)
+            self.block = conv(8, 16)
             self.fc = nn.Linear(16, 10)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -865,7 +855,7 @@ def evaluation_that_moves(mended: bool) -> dict[str, Any]:
     norm = (nn.BatchNorm1d if mended else Always)(32)
     model.add_module("flatten", nn.Flatten())
     encoder = nn.Linear(196, 32, bias=False), norm, nn.ReLU()
-    decoder = nn.Linear(32, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 196)
+    decoder = *dense(32, 32), nn.Linear(32, 196)
     model.add_module("encoder", nn.Sequential(*encoder))
     model.add_module("decoder", nn.Sequential(*decoder))
     norm.num_batches_tracked.fill_(60)  # what a layer of one's own forgets to count
@@ -895,9 +885,7 @@ def average_of_weights_alone(mended: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         classify(model, batch).backward()
         optimizer.step()
-        with torch.no_grad():
-            for new, old in zip(model.parameters(), average.parameters(), strict=True):
-                old.lerp_(new, 0.1)
+        follow(average, model, 0.1)
     if mended:
         recalibrate(average, batches(20, size=64, seed=2), progress=False)
     loader = DataLoader(TensorDataset(X[:512], Y[:512]), 64, shuffle=True)
@@ -940,12 +928,8 @@ def one_cell_left_over(mended: bool) -> dict[str, Any]:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.encoder = nn.Sequential(
-                nn.Linear(196, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8)
-            )
-            self.decoder = nn.Sequential(
-                nn.Linear(4, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 196)
-            )
+            self.encoder = nn.Sequential(*dense(196, 32), nn.Linear(32, 8))
+            self.decoder = nn.Sequential(*dense(4, 32), nn.Linear(32, 196))
 
         def forward(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             mean, log_var = self.encoder(cells).chunk(2, 1)
@@ -994,10 +978,7 @@ def halves_that_tell(mended: bool) -> dict[str, Any]:
         return torch.cat([x, torch.where(aligned[:, None, None, None], x, other)], 1)
 
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2),
-    )  # fmt: skip
+    model = nn.Sequential(*conv(2, 8), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
     data = [(pairs(x), torch.arange(len(x)) % 2) for x, _ in batches(60)]
     return {"model": train(model, data, lr=0.01), "batch": pairs(BATCH[0])}
 

@@ -10,13 +10,7 @@ from bnlib.data import digits
 from bnlib.doctor import diagnose
 from bnlib.statistics import recalibrate
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def described(report):

@@ -16,12 +16,7 @@ SEEN = [name for name, program in BY_NAME.items() if not program.blind]
 BLIND = [name for name, program in BY_NAME.items() if program.blind]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

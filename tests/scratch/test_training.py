@@ -23,13 +23,7 @@ RULES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Keep PyTorch's small matrix products on one thread: a second one waits more than it works."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network(dtype=np.float64, hidden=20, seed=0):
