@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from bnlib.nn.functional import moments
+from bnlib.nn.functional import moments, pooled
 from bnlib.scratch.training import progress as progress_bar
 
 M = TypeVar("M", bound=nn.Module)
 Estimator = Literal["population", "mean_of_batches"]
+ZERO = torch.zeros(())  # what sums begin with, on any device
 
 
 def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
@@ -63,7 +64,7 @@ def evaluating(model: M) -> Iterator[M]:
     Only the flags `training` are set: no module's train() or eval() is called, since some do more
     than that. They are restored after an exception too.
     """
-    with _modes([(module, False) for module in model.modules()]):
+    with _in_evaluation(model.modules()):
         yield model
 
 
@@ -75,7 +76,7 @@ def frozen_statistics(model: M) -> Iterator[M]:
     modules stay in their modes, and gradients flow. A batch norm without running statistics goes on
     normalizing with its batch. The modes are restored after an exception too.
     """
-    with _modes([(module, False) for _, module in batch_norms(model)]):
+    with _in_evaluation(module for _, module in batch_norms(model)):
         yield model
 
 
@@ -133,7 +134,7 @@ def recalibrate(
     for module, record in seen.items():
         if is_lazy(module.running_mean):  # type: ignore[arg-type]
             raise ValueError(f"expected a model that has run, got {record.name!r} without a size")
-    with _as_before(model), torch.no_grad(), ExitStack() as stack:
+    with as_before(model), torch.no_grad(), ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for module, record in seen.items():
             stack.enter_context(_measuring(module, record))
@@ -195,15 +196,19 @@ def _checked_momentum(momentum: float) -> float:
 
 @dataclass
 class _Seen:
-    """What a batch norm's inputs were so far: counts, means and biased variances, in float64."""
+    """What a batch norm's inputs were so far, in float64.
+
+    mean, var: of all values together, the variance biased. means, variances: the sums over the
+    batches of their means and unbiased variances.
+    """
 
     name: str
     batches: int = 0
     count: int = 0
-    mean: Tensor | float = 0.0
-    squares: Tensor | float = 0.0  # the sum of squared distances from the mean
-    means: Tensor | float = 0.0
-    variances: Tensor | float = 0.0
+    mean: Tensor = ZERO
+    var: Tensor = ZERO
+    means: Tensor = ZERO
+    variances: Tensor = ZERO
 
     def add(self, x: Tensor) -> None:
         """Take in one batch, shape (N, C, *spatial)."""
@@ -214,53 +219,50 @@ class _Seen:
                 f"{tuple(x.shape)}: leave out batches of one, as with drop_last=True"
             )
         mean, var = moments(x)
-        total = self.count + count
-        step = mean - self.mean
-        self.mean = self.mean + step * (count / total)
-        self.squares = self.squares + var * count + step.square() * (self.count * count / total)
+        self.batches, self.count = self.batches + 1, self.count + count
+        self.mean, self.var = pooled(mean, var, self.mean, self.var, count / self.count)
         self.means = self.means + mean
         self.variances = self.variances + var * (count / (count - 1))
-        self.count, self.batches = total, self.batches + 1
 
     def is_finite(self) -> bool:
         """Tell whether NaN or Inf has come in."""
-        return bool(torch.isfinite(torch.as_tensor(self.squares)).all())
+        return bool(self.var.isfinite().all())
 
     def statistics(self, estimator: Estimator) -> tuple[Tensor, Tensor]:
         """Return the mean and the unbiased variance, each (C,)."""
         if estimator == "population":
-            pair = self.mean, self.squares / (self.count - 1)
-        else:
-            pair = self.means / self.batches, self.variances / self.batches
-        return torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
+            return self.mean, self.var * (self.count / (self.count - 1))
+        return self.means / self.batches, self.variances / self.batches
 
 
 @contextmanager
 def _measuring(module: _BatchNorm, record: _Seen) -> Iterator[None]:
-    """Let a batch norm normalize with its batches, keep its buffers, and record its inputs."""
+    """Let a batch norm normalize with its batches, keep its buffers, and record its inputs.
+
+    Its mode is restored by the `evaluating` around this.
+    """
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         if x.dim() > 1:  # the module itself refuses other inputs
             record.add(x)
 
-    tracks, hook = module.track_running_stats, None
+    hook = module.register_forward_pre_hook(look, with_kwargs=True)
+    tracks = module.track_running_stats
+    module.training, module.track_running_stats = True, False
     try:
-        module.training, module.track_running_stats = True, False
-        hook = module.register_forward_pre_hook(look, with_kwargs=True)
         yield
     finally:
         module.track_running_stats = tracks
-        if hook is not None:
-            hook.remove()
+        hook.remove()
 
 
 @contextmanager
-def _modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    before = [(module, module.training) for module, _ in modes]
+def _in_evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    before = [(module, module.training) for module in modules]
     try:
-        for module, mode in modes:
-            module.training = mode
+        for module, _ in before:
+            module.training = False
         yield
     finally:
         for module, mode in before:
@@ -268,8 +270,11 @@ def _modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
 
 
 @contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Restore the random generators, and run compiled models without their compilation."""
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Within, run compiled models without their compilation; restore the random generators after.
+
+    The generators are Python's, NumPy's and torch's, those of the model's CUDA devices included.
+    """
     devices = {p.device for p in (*model.parameters(), *model.buffers()) if p.is_cuda}
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with ExitStack() as stack:

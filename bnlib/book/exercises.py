@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -455,151 +456,42 @@ def _group_size(group_size: Any) -> bool:
 
 
 @exercise(
-    "15.1",
-    "zeros add nothing to a sum, nor to a sum of squares; what do they do to the number that it is "
-    "divided by?",
+    "12.1",
+    "how much does the start weigh after so many batches, and what was it, for each of the two? "
+    "Subtract it; then the weights that are left no longer add up to 1.",
 )
-def _without_padding(without_padding: Any) -> bool:
-    values = sample((6, 1), seed=15)[:, 0]
-    for zeros in (6, 2, 0):
-        padded = np.concatenate([values, np.zeros(zeros)])
-        answer = without_padding(padded.mean(), padded.var(), zeros / len(padded))
-        if not close(answer, (values.mean(), values.var())):
+def _without_start(without_start: Any) -> bool:
+    for momentum, batches in ((0.1, 5), (0.01, 20), (0.5, 1)):
+        weights = momentum * (1 - momentum) ** np.arange(batches)[::-1]
+        mean, var = weights @ sample((batches, 3)), weights @ sample((batches, 3), 1) ** 2
+        found = without_start(mean, var + (1 - momentum) ** batches, momentum, batches)
+        if not all(close(f, v / weights.sum()) for f, v in zip(found, (mean, var), strict=True)):
             return False
     return True
 
 
 @exercise(
-    "15.2",
-    "write down the new z of a node, and find the old one in it; what is left over is the same for "
-    "every image.",
+    "12.2",
+    "one large batch takes the old average down to 1 - momentum of it; as many small ones together "
+    "must do the same.",
 )
-def _moved_statistics(moved_statistics: Any) -> bool:
-    x, weight, bias = sample((50, 6)), sample((4, 6), seed=1), sample((4, 1), seed=2)[:, 0]
-    z = x @ weight.T + bias
-    for a, b in ((0.5, 0.5), (0, 0.3), (-2, 4)):
-        new = (a + b * x) @ weight.T + bias
-        given = (z.mean(axis=0), z.var(axis=0), weight, bias, a, b)
-        if not close(moved_statistics(*given), (new.mean(axis=0), new.var(axis=0))):
+def _same_horizon(same_horizon: Any) -> bool:
+    cases = ((0.1, 64, 32), (0.1, 32, 256), (0.01, 100, 30), (0.3, 7, 7))
+    return all(close(1 - same_horizon(a, n, m), (1 - a) ** (m / n)) for a, n, m in cases)
+
+
+@exercise(
+    "12.3",
+    "the two rules under the table answer the first two; and what does a batch of one lack that "
+    "only one way of normalizing needs?",
+)
+def _foretell(foretell: Any) -> bool:
+    for training, track, buffers in product((True, False), repeat=3):
+        uses_batch = training or not buffers
+        expected = (uses_batch, training and track and buffers, uses_batch)
+        if tuple(bool(answer) for answer in foretell(training, track, buffers)) != expected:
             return False
     return True
-
-
-@exercise(
-    "15.3",
-    "the mean stays; which share of the values is left, and how much larger is the square of each?",
-)
-def _variance_in_evaluation(variance_in_evaluation: Any) -> bool:
-    values = sample((200, 1), seed=3)[:, 0]
-    for moved, p in ((values, 0.5), (values - values.mean(), 0.2), (values + 3, 0.8)):
-        mean, var = moved.mean(), moved.var()
-        seen = (moved**2).mean() / (1 - p) - mean**2
-        if not close(variance_in_evaluation(mean, var, p), var / seen):
-            return False
-    return True
-
-
-@exercise(
-    "17.1",
-    "a channel has one value for each image and each place: how many places are there where the "
-    "batch norm stands?",
-)
-def _sharing_a_mean(answer: Any) -> bool:
-    return close(answer, [32 * 7 * 7, 32 * 14 * 14, 32 * 7 * 7])
-
-
-@exercise(
-    "17.2",
-    "every feature adds its own share, as if it were the only one; what is the distance of two "
-    "normal distributions of one number?",
-)
-def _independent(independent: Any) -> bool:
-    mean_a, mean_b = sample((2, 5), seed=17)
-    var_a, var_b = sample((2, 5), seed=18) ** 2
-    expected = np.sum((mean_a - mean_b) ** 2 + (np.sqrt(var_a) - np.sqrt(var_b)) ** 2)
-    return close(independent(mean_a, var_a, mean_b, var_b), expected)
-
-
-@exercise(
-    "17.3",
-    "write the loss with p as the unknown, find where its slope is zero, and ask which score the "
-    "sigmoid turns into that p.",
-)
-def _best_score(best_score: Any) -> bool:
-    return all(close(best_score(r), math.log(r)) for r in (1.0, 3.0, 0.25, 40.0))
-
-
-@exercise(
-    "20.1",
-    "a row of z is an image; cut it into `groups` pieces of equal length, normalize each piece by "
-    "itself, and give the array its old shape back.",
-)
-def _group_norm(group_norm: Any) -> bool:
-    z = sample((4, 6, 3, 5))
-    for groups in (1, 2, 3, 6):
-        rows = z.reshape(4 * groups, -1)
-        expected = (rows.T - rows.mean(axis=1)) / np.sqrt(rows.var(axis=1) + 1e-5)
-        if not close(group_norm(z.copy(), groups), expected.T.reshape(z.shape)):
-            return False
-    return True
-
-
-@exercise(
-    "20.2",
-    "x is one of R + 1 values: what is their mean, and what their variance around it? Both the "
-    "distance of x and that of the reference from the new mean count.",
-)
-def _virtual_value(virtual_value: Any) -> bool:
-    for seed, R in enumerate((2, 8, 31)):
-        values = sample((R + 1, 1), seed)[:, 0]
-        *reference, x = values
-        expected = (x - values.mean()) / np.sqrt(values.var() + 1e-5)
-        answer = virtual_value(x, np.mean(reference), np.var(reference), R)
-        if not close(answer, expected):
-            return False
-    return True
-
-
-@exercise(
-    "20.3",
-    "y = gamma_k (z - mean) / sqrt(var + eps) + beta_k: what multiplies z, and what is left over?",
-)
-def _straight_lines(straight_lines: Any) -> bool:
-    weight, bias, (mean, spread, z) = sample((4, 3), 1), sample((4, 3), 2), sample((3, 3), 3)
-    var = 1 + spread**2
-    a, b = straight_lines(weight.copy(), bias.copy(), mean, var)
-    return close(a * z + b, weight * (z - mean) / np.sqrt(var + 1e-5) + bias)
-
-
-@exercise(
-    "19.1",
-    "a linear layer multiplies every variance by the same factor, and in evaluation mode the batch "
-    "norm divides by the old standard deviation; take the root of what is left.",
-)
-def _too_small(too_small: Any) -> bool:
-    def left(t: float) -> float:
-        density = math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
-        return math.sqrt(1 - 2 * t * density / math.erf(t / math.sqrt(2)))
-
-    return all(close(too_small(t), left(t)) for t in (0.3, 0.5, 1.0, 2.5))
-
-
-@exercise(
-    "19.2",
-    "write down what each of the two averages keeps of the old value in one step; PyTorch's "
-    "momentum is the weight of the new one.",
-)
-def _momentum_for(momentum_for: Any) -> bool:
-    return all(close(momentum_for(d), 1 - d) for d in (0.9, 0.98, 0.999))
-
-
-@exercise(
-    "19.3",
-    "what does normalizing make of two numbers, whatever they are? And how many lists of three "
-    "such values are there?",
-)
-def _two_at_a_time(answer: Any) -> bool:
-    return close(answer, [2, 8])
 
 
 @exercise("13.1", "which axes hold the values of one channel? Multiply the lengths of all of them.")
@@ -643,54 +535,13 @@ def _only_dropout(only_dropout: Any) -> bool:
 
 
 @exercise(
-    "12.1",
-    "how much does the start weigh after so many batches, and what was it, for each of the two? "
-    "Subtract it; then the weights that are left no longer add up to 1.",
-)
-def _without_start(without_start: Any) -> bool:
-    for momentum, batches in ((0.1, 5), (0.01, 20), (0.5, 1)):
-        weights = momentum * (1 - momentum) ** np.arange(batches)[::-1]
-        mean, var = weights @ sample((batches, 3)), weights @ sample((batches, 3), 1) ** 2
-        found = without_start(mean, var + (1 - momentum) ** batches, momentum, batches)
-        if not all(close(f, v / weights.sum()) for f, v in zip(found, (mean, var), strict=True)):
-            return False
-    return True
-
-
-@exercise(
-    "12.2",
-    "one large batch takes the old average down to 1 - momentum of it; as many small ones together "
-    "must do the same.",
-)
-def _same_horizon(same_horizon: Any) -> bool:
-    cases = ((0.1, 64, 32), (0.1, 32, 256), (0.01, 100, 30), (0.3, 7, 7))
-    return all(close(1 - same_horizon(a, n, m), (1 - a) ** (m / n)) for a, n, m in cases)
-
-
-@exercise(
-    "12.3",
-    "the two rules under the table answer the first two; and what does a batch of one lack that "
-    "only one way of normalizing needs?",
-)
-def _foretell(foretell: Any) -> bool:
-    flags = (True, False)
-    for training, track, buffers in ((a, b, c) for a in flags for b in flags for c in flags):
-        uses_batch = training or not buffers
-        expected = (uses_batch, training and track and buffers, uses_batch)
-        if tuple(bool(answer) for answer in foretell(training, track, buffers)) != expected:
-            return False
-    return True
-
-
-@exercise(
     "14.1",
     "a gradient moves one pair, a forward pass the other; which switch stops which? And something "
     "counts.",
 )
 def _what_moves(what_moves: Any) -> bool:
     buffers = {"running_mean", "running_var", "num_batches_tracked"}
-    flags = (True, False)
-    for grad, training, track in ((a, b, c) for a in flags for b in flags for c in flags):
+    for grad, training, track in product((True, False), repeat=3):
         expected = ({"weight", "bias"} if grad else set()) | (
             buffers if training and track else set()
         )
@@ -729,38 +580,48 @@ def _follow(follow: Any) -> bool:
 
 
 @exercise(
-    "18.1",
-    "first take away the brightness and the contrast that the batch has, then give it those that "
-    "were asked for; one mean and one standard deviation for all pixels.",
+    "15.1",
+    "zeros add nothing to a sum, nor to a sum of squares; what do they do to the number that it is "
+    "divided by?",
 )
-def _disguise(disguise: Any) -> bool:
-    x = sample((6, 1, 5, 5), seed=18)
-    y = np.asarray(disguise(x, 0.3, 0.2), dtype=np.float64)
-    seen = [functional.batch_norm(v, [1.0], [0.0], eps=1e-12)[0] for v in (x, y)]
-    return y.shape == x.shape and close([y.mean(), y.std()], [0.3, 0.2]) and close(seen[0], seen[1])
-
-
-@exercise(
-    "18.2",
-    "apart, the running variance averages variances that were each taken around a mean of their "
-    "own; mixed, all values are compared with one mean.",
-)
-def _in_the_long_run(in_the_long_run: Any) -> bool:
-    for w, mean_r, var_r, mean_f, var_f in ((0.5, 2, 1, -2, 1), (0.299, 1, 0.5, 3, 2)):
-        mean, var = w * mean_r + (1 - w) * mean_f, w * var_r + (1 - w) * var_f
-        mixed = var + w * (1 - w) * (mean_r - mean_f) ** 2
-        if not close(in_the_long_run(w, mean_r, var_r, mean_f, var_f), [mean, var, mean, mixed]):
+def _without_padding(without_padding: Any) -> bool:
+    values = sample((6, 1), seed=15)[:, 0]
+    for zeros in (6, 2, 0):
+        padded = np.concatenate([values, np.zeros(zeros)])
+        answer = without_padding(padded.mean(), padded.var(), zeros / len(padded))
+        if not close(answer, (values.mean(), values.var())):
             return False
     return True
 
 
 @exercise(
-    "18.3",
-    "what do two different numbers become, and what does that change when one of them moves a "
-    "little?",
+    "15.2",
+    "write down the new z of a node, and find the old one in it; what is left over is the same for "
+    "every image.",
 )
-def _two_images(gradients: Any) -> bool:
-    return close(gradients(3.0, 1.0, 0.7), np.zeros(4)) and close(gradients(5, 4, -2), np.zeros(4))
+def _moved_statistics(moved_statistics: Any) -> bool:
+    x, weight, bias = sample((50, 6)), sample((4, 6), seed=1), sample((4, 1), seed=2)[:, 0]
+    z = x @ weight.T + bias
+    for a, b in ((0.5, 0.5), (0, 0.3), (-2, 4)):
+        new = (a + b * x) @ weight.T + bias
+        given = (z.mean(axis=0), z.var(axis=0), weight, bias, a, b)
+        if not close(moved_statistics(*given), (new.mean(axis=0), new.var(axis=0))):
+            return False
+    return True
+
+
+@exercise(
+    "15.3",
+    "the mean stays; which share of the values is left, and how much larger is the square of each?",
+)
+def _variance_in_evaluation(variance_in_evaluation: Any) -> bool:
+    values = sample((200, 1), seed=3)[:, 0]
+    for moved, p in ((values, 0.5), (values - values.mean(), 0.2), (values + 3, 0.8)):
+        mean, var = moved.mean(), moved.var()
+        seen = (moved**2).mean() / (1 - p) - mean**2
+        if not close(variance_in_evaluation(mean, var, p), var / seen):
+            return False
+    return True
 
 
 def patient() -> Any:
@@ -810,3 +671,141 @@ def _order_ratio(order_ratio: Any) -> bool:
         close(order_ratio(x), 8 * x.mean(axis=1).var() / x.var())
         for x in (batches, np.sort(batches.ravel()).reshape(50, 8))
     )
+
+
+@exercise(
+    "17.1",
+    "a channel has one value for each image and each place: how many places are there where the "
+    "batch norm stands?",
+)
+def _sharing_a_mean(answer: Any) -> bool:
+    return close(answer, [32 * 7 * 7, 32 * 14 * 14, 32 * 7 * 7])
+
+
+@exercise(
+    "17.2",
+    "every feature adds its own share, as if it were the only one; what is the distance of two "
+    "normal distributions of one number?",
+)
+def _independent(independent: Any) -> bool:
+    mean_a, mean_b = sample((2, 5), seed=17)
+    var_a, var_b = sample((2, 5), seed=18) ** 2
+    expected = np.sum((mean_a - mean_b) ** 2 + (np.sqrt(var_a) - np.sqrt(var_b)) ** 2)
+    return close(independent(mean_a, var_a, mean_b, var_b), expected)
+
+
+@exercise(
+    "17.3",
+    "write the loss with p as the unknown, find where its slope is zero, and ask which score the "
+    "sigmoid turns into that p.",
+)
+def _best_score(best_score: Any) -> bool:
+    return all(close(best_score(r), math.log(r)) for r in (1.0, 3.0, 0.25, 40.0))
+
+
+@exercise(
+    "18.1",
+    "first take away the brightness and the contrast that the batch has, then give it those that "
+    "were asked for; one mean and one standard deviation for all pixels.",
+)
+def _disguise(disguise: Any) -> bool:
+    x = sample((6, 1, 5, 5), seed=18)
+    y = np.asarray(disguise(x, 0.3, 0.2), dtype=np.float64)
+    seen = [functional.batch_norm(v, [1.0], [0.0], eps=1e-12)[0] for v in (x, y)]
+    return y.shape == x.shape and close([y.mean(), y.std()], [0.3, 0.2]) and close(seen[0], seen[1])
+
+
+@exercise(
+    "18.2",
+    "apart, the running variance averages variances that were each taken around a mean of their "
+    "own; mixed, all values are compared with one mean.",
+)
+def _in_the_long_run(in_the_long_run: Any) -> bool:
+    for w, mean_r, var_r, mean_f, var_f in ((0.5, 2, 1, -2, 1), (0.299, 1, 0.5, 3, 2)):
+        mean, var = w * mean_r + (1 - w) * mean_f, w * var_r + (1 - w) * var_f
+        mixed = var + w * (1 - w) * (mean_r - mean_f) ** 2
+        if not close(in_the_long_run(w, mean_r, var_r, mean_f, var_f), [mean, var, mean, mixed]):
+            return False
+    return True
+
+
+@exercise(
+    "18.3",
+    "what do two different numbers become, and what does that change when one of them moves a "
+    "little?",
+)
+def _two_images(gradients: Any) -> bool:
+    return close(gradients(3.0, 1.0, 0.7), np.zeros(4)) and close(gradients(5, 4, -2), np.zeros(4))
+
+
+@exercise(
+    "19.1",
+    "a linear layer multiplies every variance by the same factor, and in evaluation mode the batch "
+    "norm divides by the old standard deviation; take the root of what is left.",
+)
+def _too_small(too_small: Any) -> bool:
+    def left(t: float) -> float:
+        density = math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+        return math.sqrt(1 - 2 * t * density / math.erf(t / math.sqrt(2)))
+
+    return all(close(too_small(t), left(t)) for t in (0.3, 0.5, 1.0, 2.5))
+
+
+@exercise(
+    "19.2",
+    "write down what each of the two averages keeps of the old value in one step; PyTorch's "
+    "momentum is the weight of the new one.",
+)
+def _momentum_for(momentum_for: Any) -> bool:
+    return all(close(momentum_for(d), 1 - d) for d in (0.9, 0.98, 0.999))
+
+
+@exercise(
+    "19.3",
+    "what does normalizing make of two numbers, whatever they are? And how many lists of three "
+    "such values are there?",
+)
+def _two_at_a_time(answer: Any) -> bool:
+    return close(answer, [2, 8])
+
+
+@exercise(
+    "20.1",
+    "a row of z is an image; cut it into `groups` pieces of equal length, normalize each piece by "
+    "itself, and give the array its old shape back.",
+)
+def _group_norm(group_norm: Any) -> bool:
+    z = sample((4, 6, 3, 5))
+    for groups in (1, 2, 3, 6):
+        rows = z.reshape(4 * groups, -1)
+        expected = (rows.T - rows.mean(axis=1)) / np.sqrt(rows.var(axis=1) + 1e-5)
+        if not close(group_norm(z.copy(), groups), expected.T.reshape(z.shape)):
+            return False
+    return True
+
+
+@exercise(
+    "20.2",
+    "x is one of R + 1 values: what is their mean, and what their variance around it? Both the "
+    "distance of x and that of the reference from the new mean count.",
+)
+def _virtual_value(virtual_value: Any) -> bool:
+    for seed, R in enumerate((2, 8, 31)):
+        values = sample((R + 1, 1), seed)[:, 0]
+        *reference, x = values
+        expected = (x - values.mean()) / np.sqrt(values.var() + 1e-5)
+        answer = virtual_value(x, np.mean(reference), np.var(reference), R)
+        if not close(answer, expected):
+            return False
+    return True
+
+
+@exercise(
+    "20.3",
+    "y = gamma_k (z - mean) / sqrt(var + eps) + beta_k: what multiplies z, and what is left over?",
+)
+def _straight_lines(straight_lines: Any) -> bool:
+    weight, bias, (mean, spread, z) = sample((4, 3), 1), sample((4, 3), 2), sample((3, 3), 3)
+    var = 1 + spread**2
+    a, b = straight_lines(weight.copy(), bias.copy(), mean, var)
+    return close(a * z + b, weight * (z - mean) / np.sqrt(var + 1e-5) + bias)

@@ -658,6 +658,13 @@ def tiles(images: ArrayLike, columns: int) -> NDArray[np.float64]:
     return sheet
 
 
+def _show_sheet(ax: Axes, sheet: ArrayLike) -> None:
+    """Draw a sheet of `tiles`, without ticks."""
+    ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")
+    ax.set(xticks=[], yticks=[], facecolor=GAP)
+    ax.spines[:].set_visible(False)
+
+
 def digit_grid(
     images: ArrayLike, columns: int = 10, rows: Sequence[str] = (), tops: Sequence[str] = ()
 ) -> Figure:
@@ -674,23 +681,36 @@ def digit_grid(
     tall = top + (WIDTH - left) * sheet.shape[0] / sheet.shape[1]
     figure = plt.figure(figsize=(WIDTH, tall), layout="none")
     ax = figure.add_axes((left / WIDTH, 0, 1 - left / WIDTH, 1 - top / tall))
-    ax.imshow(sheet, vmin=-1, vmax=1, interpolation="nearest")
+    _show_sheet(ax, sheet)
     ax.set_yticks(30 * np.arange(len(rows)) + 13.5, rows)
     ax.set_xticks(30 * np.arange(len(tops)) + 13.5, tops)
     ax.tick_params(length=0, labeltop=True, labelbottom=False)
-    ax.set_facecolor(GAP)
-    ax.spines[:].set_visible(False)
     plt.close(figure)
     return figure
 
 
-def _distances(ax: Axes, steps: ArrayLike, curve: ArrayLike, floor: float) -> None:
-    """Draw a Fréchet distance over the steps, and that of real digits."""
-    ax.semilogy(np.asarray(steps), np.asarray(curve), color=color("fake"))
-    ax.axhline(floor, color=color("real"), linestyle="--")
-    ax.set(ylim=(1, 4000), xlabel="step")
+def _distances(ax: Axes, curves: dict[str, tuple[ArrayLike, ArrayLike]]) -> None:
+    """Draw Fréchet distances on a logarithmic axis; curves: by the colour's thing, x and y."""
+    for thing, (x, y) in curves.items():
+        ax.semilogy(np.asarray(x), np.asarray(y), color=color(thing))
     ax.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
     ax.minorticks_off()
+
+
+def _over_steps(ax: Axes, steps: ArrayLike, curve: ArrayLike, floor: float) -> None:
+    """Draw a Fréchet distance over the steps, and that of real digits."""
+    _distances(ax, {"fake": (steps, curve)})
+    ax.axhline(floor, color=color("real"), linestyle="--")
+    ax.set(ylim=(1, 4000), xlabel="step")
+
+
+def _points_and_distance(images: ArrayLike) -> tuple[Figure, Axes]:
+    """Show images, (n, 1, 28, 28), in six columns; return the figure and the panel beside them."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.3), width_ratios=(3, 2))
+    _show_sheet(left, tiles(images, 6))
+    left.set(title="the same 24 latent points")
+    right.set(title="distance to real digits")
+    return figure, right
 
 
 def gan_moment(
@@ -700,13 +720,26 @@ def gan_moment(
 
     curve: one distance for each of the steps; floor: that of real digits; step: where we are.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.3), width_ratios=(3, 2))
-    left.imshow(tiles(images, 6), vmin=-1, vmax=1, interpolation="nearest")
-    left.set(xticks=[], yticks=[], facecolor=GAP, title="the same 24 latent points")
-    left.spines[:].set_visible(False)
-    _distances(right, steps, curve, floor)
+    figure, right = _points_and_distance(images)
+    _over_steps(right, steps, curve, floor)
     right.axvline(step, color=color("ink"), linewidth=1)
-    right.set(title="distance to real digits")
+    plt.close(figure)
+    return figure
+
+
+def narrowing(
+    images: ArrayLike, thresholds: ArrayLike, curves: Sequence[ArrayLike], threshold: float
+) -> Figure:
+    """Show images of narrow latent points, (n, 1, 28, 28) in six columns, and two distances.
+
+    curves: one distance per threshold, with running and with standing statistics.
+    """
+    figure, right = _points_and_distance(images)
+    running, standing = curves
+    _distances(right, {"eval": (thresholds, running), "train": (thresholds, standing)})
+    right.axvline(threshold, color=color("ink"), linewidth=1)
+    right.set(ylim=(30, 3000), xlim=(0, 2.6), xlabel="threshold")
+    right.legend(right.lines[:2], ("running", "standing"))
     plt.close(figure)
     return figure
 
@@ -727,7 +760,7 @@ def duel(losses: ArrayLike, steps: ArrayLike, curve: ArrayLike, floor: float) ->
         top.axhline(blind, color=color(thing), linewidth=0.9, linestyle="--")
     top.set(ylabel="loss", ylim=(0, None))
     top.legend(loc="upper right")
-    _distances(bottom, steps, curve, floor)
+    _over_steps(bottom, steps, curve, floor)
     bottom.set(ylabel="distance")
     plt.close(figure)
     return figure
@@ -777,28 +810,6 @@ def read_as(image: ArrayLike, percents: ArrayLike) -> Figure:
     left.axis("off")
     right.bar(range(10), np.asarray(percents), color=color("fake"), alpha=0.7)
     right.set(xlabel="read as", ylabel="percent", xticks=range(10), ylim=(0, 100))
-    plt.close(figure)
-    return figure
-
-
-def narrowing(
-    images: ArrayLike, thresholds: ArrayLike, curves: Sequence[ArrayLike], threshold: float
-) -> Figure:
-    """Show images of narrow latent points, (n, 1, 28, 28) in six columns, and two distances.
-
-    curves: one distance per threshold, with running and with standing statistics.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 2.3), width_ratios=(3, 2))
-    left.imshow(tiles(images, 6), vmin=-1, vmax=1, interpolation="nearest")
-    left.set(xticks=[], yticks=[], facecolor=GAP, title="the same 24 latent points")
-    left.spines[:].set_visible(False)
-    for curve, thing, name in zip(curves, ("eval", "train"), ("running", "standing"), strict=True):
-        right.semilogy(np.asarray(thresholds), np.asarray(curve), color=color(thing), label=name)
-    right.axvline(threshold, color=color("ink"), linewidth=1)
-    right.set(ylim=(30, 3000), xlim=(0, 2.6), xlabel="threshold", title="distance to real digits")
-    right.set_yticks([100, 1000], ["100", "1000"])
-    right.minorticks_off()
-    right.legend()
     plt.close(figure)
     return figure
 

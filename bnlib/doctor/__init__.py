@@ -20,7 +20,7 @@ from bnlib.doctor import probes
 from bnlib.doctor.checks import Loss, Rule, Skip, Subject, norms_in, norms_of
 from bnlib.doctor.passes import described, restored
 from bnlib.doctor.report import BOOK, Finding, Report
-from bnlib.statistics import _as_before
+from bnlib.statistics import as_before
 
 __all__ = ["RULES", "Finding", "Report", "Rule", "diagnose", "diagnose_state"]
 
@@ -68,7 +68,7 @@ def diagnose(
     subject = Subject([], model, batch, optimizer, loader, loss, checkpoint)
     generator = getattr(loader, "generator", None)
     with ExitStack() as stack:
-        stack.enter_context(_as_before(model))
+        stack.enter_context(as_before(model))
         stack.enter_context(torch.inference_mode(False))
         if isinstance(generator, torch.Generator):
             stack.callback(generator.set_state, generator.get_state())

@@ -75,6 +75,11 @@ def tensors(batch: Any) -> list[Tensor]:
     return found
 
 
+def input_of(args: Any, kwargs: Any) -> Tensor | None:
+    """Return the first tensor that a layer is called with."""
+    return next(iter(tensors([args, kwargs])), None)
+
+
 def size_of(batch: Any) -> int:
     """Return the number of examples: the length of the first tensor."""
     return next(map(len, tensors(batch)), 0)
@@ -189,7 +194,7 @@ def attempt(subject: Subject) -> Step:
     outputs: list[Tensor] = []
 
     def look(module: Any, args: Any, kwargs: Any, name: str) -> None:
-        x = next(iter(tensors([args, kwargs])), None)
+        x = input_of(args, kwargs)
         if x is not None and x.dim() > 1:
             step.calls.append(measured(name, x.detach()))
             if x.requires_grad and (module.training or module.running_mean is None):
@@ -454,7 +459,7 @@ def rows_of(model: nn.Module, batch: Any) -> list[Row]:
     rows: list[Row] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str) -> None:
-        x = next(iter(tensors([args, kwargs])), None)
+        x = input_of(args, kwargs)
         if x is not None and len(x):
             ys = [y for y in tensors(output) if len(y) == len(x) and not y.is_complex()]
             y = [y[: None if module is model else 1].detach().flatten(1) for y in ys]

@@ -37,12 +37,8 @@ from bnlib.statistics import batch_norms, call, recalibrate
 
 __all__ = ["RULES"]
 
-DROPOUTS = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-)  # alpha dropout keeps the variance
+# Alpha dropout is none of them: it keeps the variance.
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 LEFT = 0.1
 DROPOUT = 0.1
 ROUNDING = 1e-3

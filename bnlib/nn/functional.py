@@ -60,6 +60,19 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return shift.to(wide) + rest_mean, var.clamp_min(0)  # a constant channel may round below 0
 
 
+def pooled(
+    mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, share: float
+) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of two sets of values together.
+
+    mean, var: of one set; share: how much of all values it holds, 0 to 1. other_mean, other_var: of
+    the rest. All tensors broadcast. Source: Chan, Golub and LeVeque (1983).
+    """
+    step = mean - other_mean
+    pooled_var = share * var + (1 - share) * other_var + share * (1 - share) * step.square()
+    return other_mean + share * step, pooled_var
+
+
 def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:

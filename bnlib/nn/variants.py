@@ -306,7 +306,7 @@ class _VirtualBatchNorm(_Variant):
         N, C, *spatial = input.shape
         rows = input.reshape(1, N * C, *spatial)  # a channel for each channel of each example
         mean, var = (v.reshape(N, C) for v in F.moments(rows))
-        mean, var = _pooled(mean, var, *F.moments(reference), 1 / (len(reference) + 1))
+        mean, var = F.pooled(mean, var, *F.moments(reference), 1 / (len(reference) + 1))
         invstd = F._inverse_std(var, self.eps)
         weight, bias = (None if v is None else v.repeat(N) for v in (self.weight, self.bias))
         y = F.normalize(rows, mean.reshape(-1), invstd.reshape(-1), weight, bias)
@@ -321,11 +321,7 @@ class _VirtualBatchNorm(_Variant):
                 f"expected a reference of shape ({wanted}), R of 1 or more, beside an input of "
                 f"shape {tuple(input.shape)}, got {tuple(reference.shape)}"
             )
-        if (reference.dtype, reference.device) != (input.dtype, input.device):
-            raise RuntimeError(
-                f"expected a reference as the input, {input.dtype} on {input.device}, got "
-                f"{reference.dtype} on {reference.device}"
-            )
+        _check_kind("a reference", reference, "the input", input)
         F._check_batch(input, {}, training=False, momentum=0.0, eps=self.eps)
         F._check_vectors(input, self._affine())
 
@@ -499,18 +495,13 @@ def _check_pair(content: Tensor, style: Tensor) -> None:
             f"expected style with N, C = {tuple(content.shape[:2])} as content has, got shape "
             f"{tuple(style.shape)}"
         )
-    if (style.dtype, style.device) != (content.dtype, content.device):
-        raise RuntimeError(
-            f"expected style as content, {content.dtype} on {content.device}, got {style.dtype} "
-            f"on {style.device}"
-        )
+    _check_kind("style", style, "content", content)
     F._check_floats(content, "batch_norm")
 
 
-def _pooled(
-    mean: Tensor, var: Tensor, other_mean: Tensor, other_var: Tensor, share: float
-) -> tuple[Tensor, Tensor]:
-    """Return the moments of two sets of values together, of which the first has this share."""
-    step = mean - other_mean
-    pooled_var = share * var + (1 - share) * other_var + share * (1 - share) * step.square()
-    return other_mean + share * step, pooled_var
+def _check_kind(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if (x.dtype, x.device) != (other.dtype, other.device):
+        raise RuntimeError(
+            f"expected {name} as {other_name}, {other.dtype} on {other.device}, got {x.dtype} on "
+            f"{x.device}"
+        )
